@@ -82,7 +82,7 @@ func measureChangeCosts(t *testing.T, mode string, n int) (map[result.Change]cha
 			return err
 		}
 		defer func() { err = errors.Join(err, notifications.close()) }()
-		change := func(change_ result.Change, deltas ...kube.Delta) {
+		change := func(kind result.Change, deltas ...kube.Delta) {
 			if err != nil {
 				return
 			}
@@ -101,7 +101,7 @@ func measureChangeCosts(t *testing.T, mode string, n int) (map[result.Change]cha
 			runtime.ReadMemStats(&after)
 			w.Allocations, w.AllocatedBytes = after.Mallocs-before.Mallocs, after.TotalAlloc-before.TotalAlloc
 			w.notificationCount, err = notifications.read()
-			costs[change_] = append(costs[change_], w)
+			costs[kind] = append(costs[kind], w)
 		}
 		for i := range times {
 			// Use the same addresses for every number of Services: sets may depend on the address.
@@ -119,8 +119,8 @@ func measureChangeCosts(t *testing.T, mode string, n int) (map[result.Change]cha
 		return err
 	})
 	medians := map[result.Change]changeCost{}
-	for change_, list := range costs {
-		medians[change_] = changeCost{
+	for kind, list := range costs {
+		medians[kind] = changeCost{
 			notificationCount: notificationCount{
 				Messages: median(list, func(w changeCost) int { return w.Messages }),
 				Elements: median(list, func(w changeCost) int { return w.Elements }),

@@ -61,8 +61,8 @@ func (s *serverPool) release(sys system.System) {
 
 func (s *serverPool) close() error {
 	var errs []error
-	for _, server_ := range slices.Concat(s.spare, slices.Collect(maps.Values(s.bySystem))) {
-		errs = append(errs, server_.close())
+	for _, api := range slices.Concat(s.spare, slices.Collect(maps.Values(s.bySystem))) {
+		errs = append(errs, api.close())
 	}
 	return errors.Join(errs...)
 }

@@ -93,15 +93,15 @@ func newPage(r *result.Report) (*page, error) {
 			env.keyFigures, env.keyFigureScenario = keyFigures(r, e.Name)
 		}
 		for _, s := range sections(r, e.Name) {
-			pageSec := pageSection{id: e.Name + "-" + s.id, title: s.title, text: s.text}
+			content := pageSection{id: e.Name + "-" + s.id, title: s.title, text: s.text}
 			for _, f := range s.figures {
 				drawn, err := face.drawFigure(f)
 				if err != nil {
 					return nil, err
 				}
-				pageSec.figures = append(pageSec.figures, drawn)
+				content.figures = append(content.figures, drawn)
 			}
-			env.sections = append(env.sections, pageSec)
+			env.sections = append(env.sections, content)
 		}
 		p.environments = append(p.environments, env)
 	}

@@ -111,9 +111,9 @@ func resample(random *rand.Rand, sorted, into []float64) {
 		drawn[random.IntN(len(sorted))]++
 	}
 	i := 0
-	for i_, count := range drawn {
+	for index, count := range drawn {
 		for range count {
-			into[i] = sorted[i_]
+			into[i] = sorted[index]
 			i++
 		}
 	}

@@ -61,15 +61,15 @@ func partitionSystems(ctx context.Context, systems []system.System, environment 
 	defer func() { err = errors.Join(err, node.Close()) }()
 	d := &partition{}
 	for _, s := range systems {
-		var err_ error
+		var checkErr error
 		if c, ok := s.(system.Checker); ok {
-			err_ = c.Check(ctx, node)
+			checkErr = c.Check(ctx, node)
 		}
-		unavailable, ok := errors.AsType[*system.UnavailableError](err_)
+		unavailable, ok := errors.AsType[*system.UnavailableError](checkErr)
 		switch {
-		case err_ != nil && !ok:
-			return nil, fmt.Errorf("check whether %s can run here: %w", s.Name(), err_)
-		case err_ == nil:
+		case checkErr != nil && !ok:
+			return nil, fmt.Errorf("check whether %s can run here: %w", s.Name(), checkErr)
+		case checkErr == nil:
 			d.native = append(d.native, s)
 			if slices.Contains(referenceSystems(), s.Name()) {
 				d.vm = append(d.vm, s)

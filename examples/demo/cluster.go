@@ -217,11 +217,11 @@ func (p *pod) manifest() []byte {
 // startBackend serves HTTP on all addresses of a pod. For each request, it increments a counter in
 // Redis, which it finds by the name of its Service, and responds with the name of the pod.
 func (c *cluster) startBackend(ctx context.Context, host *nettest.Host) (stop func() error, err error) {
-	resolver_ := c.resolver(host)
+	resolver := c.resolver(host)
 	server := &http.Server{
 		ReadHeaderTimeout: requestTimeout,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			conn, err := resolver_.dial(r.Context(), "tcp", fmt.Sprintf("%s:%d", redisApp, redisPort))
+			conn, err := resolver.dial(r.Context(), "tcp", fmt.Sprintf("%s:%d", redisApp, redisPort))
 			if err == nil {
 				_, err = redisCommand(r.Context(), conn, "INCR", requestCounter)
 			}
@@ -281,10 +281,10 @@ func (c *cluster) startFairlead(ctx context.Context) error {
 		return err
 	}
 	// fairlead programs the kernel before the name server has the names.
-	names := c.resolver(c.podsOf(frontendApp)[0].Host)
+	resolver := c.resolver(c.podsOf(frontendApp)[0].Host)
 	for _, service := range []string{backendApp, redisApp} {
 		err := eventually(ctx, func() error {
-			_, err := names.lookup(ctx, service)
+			_, err := resolver.lookup(ctx, service)
 			return err
 		})
 		if err != nil {
