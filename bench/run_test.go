@@ -15,6 +15,7 @@ import (
 
 	"fairlead.io/fairlead/bench"
 	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/system"
 )
 
 // smallOptions returns options that measure everything within a few seconds.
@@ -166,6 +167,13 @@ func TestRunInterrupted(t *testing.T) {
 				t.Errorf("Run left files open: got %q, want %q", left, before)
 			}
 		})
+	}
+}
+
+// TestModes checks the modes of package system against the backends.
+func TestModes(t *testing.T) {
+	if want := []string{system.ModeNFT, system.ModeIPVS}; !slices.Equal(bench.Modes(), want) {
+		t.Errorf("got modes %q, want %q", bench.Modes(), want)
 	}
 }
 

@@ -5,10 +5,11 @@ import (
 
 	"fairlead.io/fairlead/bench/result"
 	"fairlead.io/fairlead/bench/statistics"
+	"fairlead.io/fairlead/bench/system"
 )
 
 // fairleadSystems returns the systems that others are compared with.
-func fairleadSystems() []string { return []string{"nft", "ipvs"} }
+func fairleadSystems() []string { return []string{system.ModeNFT, system.ModeIPVS} }
 
 // minSamples is the number of samples of each system that a ratio needs. Fewer samples give a
 // confidence interval that is too narrow.

@@ -10,6 +10,12 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
+// Modes of Fairlead. A test of package bench compares them with the backends.
+const (
+	ModeNFT  = "nft"
+	ModeIPVS = "ipvs"
+)
+
 // Fairlead runs `fairlead run` in one mode.
 type Fairlead struct {
 	// Binary is the path of the program.
@@ -48,7 +54,7 @@ func (f Fairlead) Command(env Environment) []string {
 
 // Check implements [Checker].
 func (f Fairlead) Check(_ context.Context, node *nettest.Namespace) error {
-	if f.Mode == "ipvs" {
+	if f.Mode == ModeIPVS {
 		return checkIPVS(node)
 	}
 	return nil

@@ -43,7 +43,7 @@ func (v *vmFlags) register(flags *pflag.FlagSet) {
 }
 
 // referenceSystems returns the systems that also run in the virtual machine, as a base for ratios.
-func referenceSystems() []string { return []string{"nft", "kube-proxy-nftables"} }
+func referenceSystems() []string { return []string{system.ModeNFT, "kube-proxy-nftables"} }
 
 // partition divides systems by where they run.
 type partition struct {

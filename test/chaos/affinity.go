@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"fairlead.io/fairlead/bench/system"
 )
 
 // metricsPort is the port of Fairlead's metrics server.
@@ -54,7 +56,7 @@ func (t *testbed) affinityNotRemembered(ctx context.Context, family string) (flo
 
 // requireAffinityMaps returns why the fault is unavailable, or "".
 func (t *testbed) requireAffinityMaps() string {
-	if t.options.mode != "nft" {
+	if t.options.mode != system.ModeNFT {
 		return "mode " + t.options.mode + " has no affinity maps"
 	}
 	return ""

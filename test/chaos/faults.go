@@ -166,7 +166,7 @@ func (t *testbed) runSecondInstance(ctx context.Context) error {
 
 // tableName returns the name of Fairlead's tables.
 func (t *testbed) tableName() string {
-	if t.options.mode == "ipvs" {
+	if t.options.mode == system.ModeIPVS {
 		return "fairlead-ipvs"
 	}
 	return "fairlead"

@@ -30,6 +30,8 @@ import (
 	"runtime"
 	"syscall"
 	"time"
+
+	"fairlead.io/fairlead/bench/system"
 )
 
 // options holds the values of the flags.
@@ -55,7 +57,7 @@ func main() {
 	flag.StringVar(&o.binary, "binary", "bin/fairlead", "path of the Fairlead binary")
 	flag.StringVar(&o.other, "other-binary", "bin/fairlead-schematest", "path of a Fairlead binary with another schema version")
 	flag.StringVar(&o.kubeProxy, "kube-proxy", ".cache/kube-proxy/kube-proxy", "path of the kube-proxy binary")
-	flag.StringVar(&o.mode, "mode", "nft", "mode of Fairlead: nft or ipvs")
+	flag.StringVar(&o.mode, "mode", system.ModeNFT, "mode of Fairlead: "+system.ModeNFT+" or "+system.ModeIPVS)
 	flag.StringVar(&o.api, "api", "real", "API server: real (etcd and kube-apiserver) or feed (in this process)")
 	flag.StringVar(&o.faults, "faults", ".", "regular expression that selects faults by name")
 	flag.StringVar(&o.args, "args", "", "additional flags of fairlead run, separated by spaces")
