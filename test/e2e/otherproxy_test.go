@@ -44,7 +44,7 @@ func newKubeProxy(s *scenario, mode, iptables string) *kubeProxy {
 	binary, err := filepath.Abs(filepath.Join(moduleRoot, ".cache", "kube-proxy", "kube-proxy"))
 	s.must(err)
 	if _, err := os.Stat(binary); err != nil {
-		s.Fatalf("kube-proxy not logParts: run `make kube-proxy` (%v)", err)
+		s.Fatalf("kube-proxy not found: run `make kube-proxy` (%v)", err)
 	}
 	dir := s.TempDir()
 	p := &kubeProxy{scenario: s, rulesetCommands: [][]string{{"nft", "list", "ruleset"}}, fairlead: &fairlead{
@@ -176,7 +176,7 @@ func checkRemoveCommand(s *scenario, p *kubeProxy) {
 	}
 	rules := scan()
 	if len(rules) != 1 {
-		s.Fatalf("logParts %v, want the rules of one mode", rules)
+		s.Fatalf("found %v, want the rules of one mode", rules)
 	}
 	_, err := p.output("sh", "-c", rules[0].RemovalCommands())
 	s.must(err)
@@ -351,7 +351,7 @@ func TestKubeProxy(t *testing.T) {
 			s.must(s.start(s.ctx))
 			s.checkReaches(client, to, third)
 			s.must(kubeProxy.kill())
-			logged = s.expectLog("no rules of another Service proxy are left on this node")
+			logged = s.expectLog("rules of other Service proxies are gone from this node")
 			s.must(kubeProxy.cleanUp())
 			logged()
 			metric(0)

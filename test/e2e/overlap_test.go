@@ -40,7 +40,7 @@ func TestServiceCIDROverlap(t *testing.T) {
 			s.must(ignoreNotFound(cidrs.Delete(context.WithoutCancel(s.ctx), created.Name, metav1.DeleteOptions{})))
 		})
 		s.eventually(func(context.Context) error {
-			ok, err := s.fairlead.logged("lie in a ServiceCIDR", network)
+			ok, err := s.fairlead.logged("ServiceCIDR overlaps", network)
 			if err == nil && !ok {
 				err = errors.New("the overlap is not logged")
 			}
