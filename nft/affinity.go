@@ -92,7 +92,7 @@ func (t *table) affinityRules(c serviceClass, l endpointList) []rule {
 		}
 		return rules
 	}
-	lookUp := func(affinityMap *nftables.Set) []expr.Any {
+	lookUpClient := func(affinityMap *nftables.Set) []expr.Any {
 		return slices.Concat(t.clientKey(by), []expr.Any{mapLookup(affinityMap, reg(0)), setPriority(reg(0))})
 	}
 	write := func(op uint32) func(*nftables.Set) []expr.Any {
@@ -109,20 +109,20 @@ func (t *table) affinityRules(c serviceClass, l endpointList) []rule {
 	}
 	update := write(unix.NFT_DYNSET_OP_UPDATE)
 	translate := jumpChain(by.chainName("translate-sticky"))
-	store := func(affinityMap *nftables.Set) []expr.Any {
-		return slices.Concat(update(affinityMap), lookUp(affinityMap), []expr.Any{translate})
+	storeClient := func(affinityMap *nftables.Set) []expr.Any {
+		return slices.Concat(update(affinityMap), lookUpClient(affinityMap), []expr.Any{translate})
 	}
 	deleteStale := forEachShard("that endpoint is gone", matchEndpointID(), write(dynsetDelete))
 	pick := rule{exprs: []expr.Any{jumpChain(by.chainName(l.chainName("pick")))}}
 	useStored := []rule{{exprs: append(matchEndpointIDInList(l), translate)}}
-	rules := slices.Concat(forEachShard("", nil, lookUp), forEachShard("", matchEndpointIDInList(l), update), useStored, deleteStale, []rule{pick})
+	rules := slices.Concat(forEachShard("", nil, lookUpClient), forEachShard("", matchEndpointIDInList(l), update), useStored, deleteStale, []rule{pick})
 	if t.family == dataplane.IPv6 {
 		rules = append(rules, rule{
 			comment: "the client's network has had its share",
 			exprs:   slices.Concat(matchEndpointIDInList(l), t.matchNetworkOverLimit(c), []expr.Any{counterRef(affinityNetworkLimit), translate}),
 		})
 	}
-	rules = append(rules, forEachShard("another connection of the client's may have been faster", matchEndpointIDInList(l), store)...)
+	rules = append(rules, forEachShard("another connection of the client's may have been faster", matchEndpointIDInList(l), storeClient)...)
 	rules = append(rules, rule{comment: "the map is full", exprs: slices.Concat(matchEndpointIDInList(l), []expr.Any{counterRef(affinityFull), translate})})
 	rules = append(rules, deleteStale...) // the endpoint may have been deleted meanwhile
 	return append(rules, pick,

@@ -61,10 +61,10 @@ const (
 	measureInterval = time.Minute
 )
 
-// NewAffinityLimiter returns an AffinityLimiter that makes its changes through d. d must
-// have been opened with the same options. d and the network namespace's file descriptor
-// must stay open while the AffinityLimiter is in use. NewAffinityLimiter does not connect
-// to the kernel.
+// NewAffinityLimiter returns an AffinityLimiter that makes its changes through d, which
+// must have been opened with the same options. The Dataplane and the file descriptor of the
+// network namespace must stay open while the AffinityLimiter is in use. NewAffinityLimiter
+// does not connect to the kernel.
 func NewAffinityLimiter(d *Dataplane, opts Options) *AffinityLimiter {
 	l := &AffinityLimiter{dataplane: d, tables: opts.newTables(opts.tableName()), netns: opts.NetNS, now: time.Now}
 	for i, t := range l.tables {

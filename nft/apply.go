@@ -55,8 +55,9 @@ func compareBool(a, b bool) int {
 }
 
 // applyBatch commits a batch that contains these changes. If the batch is too large for one
-// commit, or the kernel rejects it, applyBatch retries each half, down to a single Service
-// that is too large or that the kernel rejects.
+// commit, or the kernel rejects it, applyBatch retries each half. A single Service that is
+// too large is committed in steps. A single Service that the kernel rejects is recorded in
+// failed.
 func (d *Dataplane) applyBatch(p changePlan, b *batch, changes []dataplane.Change, failed map[dataplane.Key]error) {
 	var err error
 	if len(changes) < 2 || !d.tooLarge(b) {
@@ -154,9 +155,10 @@ func (d *Dataplane) planChanges(changes []dataplane.Change, failed map[dataplane
 	return p
 }
 
-// assignListChanges assigns each list change to the change of a Service: to its own, or, if
-// the Service no longer shares a list, to the last Service that takes frontends from it. A
-// list must not be deleted before the frontends that refer to it.
+// assignListChanges assigns each list change to the change of a Service. Usually, this is
+// the Service of the list. If that Service is deleted, it is the last Service that takes
+// frontends from it, because a list must not be deleted before the frontends that refer to
+// it.
 func (p changePlan) assignListChanges(changes []dataplane.Change, changed map[dataplane.Key]listChange) {
 	with := map[dataplane.Key]dataplane.Key{}
 	for _, c := range changes {

@@ -80,11 +80,11 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	chains = append(chains, t.sharedListChains(rangeBits)...)
 	chains = append(chains, t.masqueradeChains(node)...)
 	chains = append(chains, t.masqueradingChain(node), t.localhostChain(node), t.invalidChain(node))
-	dispatch, resetPriority := append(t.virtualNetworkRules(), t.dispatchRules(node)...), t.resetPriorityRules()
+	dispatch, resetRules := append(t.virtualNetworkRules(), t.dispatchRules(node)...), t.resetPriorityRules()
 	if node.PingServiceIPs {
 		chains = append(chains, t.pingChains(node)...)
 		dispatch = append(dispatch, t.pingRule())
-		resetPriority = append(resetPriority, t.answeredPingRule())
+		resetRules = append(resetRules, t.answeredPingRule())
 	}
 	natOutput := append([]rule{t.toLocalhostRule()}, dispatch...)
 	forward := append(t.noServiceRules(), t.invalidFromEndpointRule())
@@ -96,8 +96,8 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	extra := t.renderer.extraRules(t, base)
 	chains = append(chains, extra.chains...)
 	natOutput = append(natOutput, extra.natOutput...)
-	preroutingPostDNAT := slices.Concat(resetPriority, t.loopbackFromNetworkRules(node), extra.filterPreroutingPostDNAT)
-	outputPostDNAT := slices.Concat(resetPriority, extra.filterOutputPostDNAT)
+	preroutingPostDNAT := slices.Concat(resetRules, t.loopbackFromNetworkRules(node), extra.filterPreroutingPostDNAT)
+	outputPostDNAT := slices.Concat(resetRules, extra.filterOutputPostDNAT)
 	postrouting := append(t.postroutingRules(), extra.natPostrouting...)
 	if t.identifiesPods(node) {
 		chains = append(chains,

@@ -168,13 +168,13 @@
 // # Pings
 //
 // With Node.PingServiceIPs, the node answers ICMP echo requests to the addresses of Services.
-// A rule behind the rules for Services translates new echo requests to an address of the node
-// if the client's set contains the Service address: ping-external for clients that get local
-// endpoints if the policy is Local, ping-internal for all other clients. Connection tracking
-// restores the Service address in the reply. Without the option, both sets are empty and the
-// rules do not exist. To the kernel, all requests of a running ping are one connection. For
-// each of these requests, the chain pinged checks whether a cluster IP still has an endpoint.
-// At other addresses, a running ping gets answers until it pauses for
+// A rule behind the rules for Services translates new echo requests to an address of the node,
+// if the client's set contains the Service address. The set is ping-external for clients that
+// get local endpoints if the policy is Local, and ping-internal for all other clients.
+// Connection tracking restores the Service address in the reply. Without the option, both sets
+// are empty and the rules do not exist. To the kernel, all requests of a running ping are one
+// connection. For each of these requests, the chain pinged checks whether a cluster IP still
+// has an endpoint. At other addresses, a running ping gets answers until it pauses for
 // net.netfilter.nf_conntrack_icmp_timeout (30 s). The same applies to all addresses after the
 // option is switched off.
 //

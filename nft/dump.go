@@ -54,9 +54,9 @@ func (c *dumpConn) dump(ctx context.Context, family byte, typ uint16, attrs []ne
 	return err
 }
 
-// dumpElements calls visit with each element of a set. extended is true for an element with
-// an attribute that our elements never have, such as a statement. visit may keep the slices
-// of the element.
+// dumpElements calls visit with each element of a set. The argument extended is true if the
+// element has an attribute that our elements never have, such as a statement. visit may
+// keep the slices of the element.
 //
 // The kernel fills one buffer after another, and finds its position by counting elements
 // from the start (nft_set_hash.c, nft_rhash_walk). If it moves the elements to a larger

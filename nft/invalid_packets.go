@@ -21,7 +21,7 @@ import (
 // invalid because of their window.
 //
 // The rule matches source ports of endpoints, because the node may also see only the
-// packets of clients: these are all invalid until the node sees a SYN-ACK.
+// packets of clients. These are all invalid until the node sees a SYN-ACK.
 //
 //	ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
 func (t *table) invalidFromEndpointRule() rule {

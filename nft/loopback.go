@@ -38,8 +38,8 @@ func (t *table) protectsLoopback(node dataplane.Node) bool {
 
 // dropLoopbackChain returns the chain that drops packets that were sent to a loopback
 // address. When the rules run, connection tracking may already have replaced another
-// address by a loopback address: in a reply to a process of the node that uses one, or
-// because another program's rules translate to one. These packets pass.
+// address by a loopback address. This happens in replies to a process of the node that uses
+// one, and if another program's rules translate to one. These packets pass.
 //
 //	chain loopback-from-network {
 //		ct direction reply return comment "replies to processes of the node"

@@ -285,8 +285,8 @@ func (d *Dataplane) Close() error {
 
 // Cleanup removes both tables with all their contents, whichever process has created them.
 // It needs no Dataplane. Established connections to Services survive only if other rules
-// make the kernel translate addresses: the kernel stops with the last NAT chain of a
-// family, and with the last rule that needs connection tracking.
+// make the kernel translate addresses. The kernel stops translating with the
+// last NAT chain of a family, and with the last rule that needs connection tracking.
 //
 // The error wraps [ErrOwned] and names the owner if another process owns a table.
 func Cleanup(opts Options) error {

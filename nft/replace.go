@@ -220,8 +220,9 @@ func (r *replaceOperation) commitPending(ctx context.Context) error {
 }
 
 // commitServices commits Services together. If they are too large for one commit, or the
-// kernel rejects the commit, commitServices retries each half, down to a single Service
-// that is too large or that the kernel rejects.
+// kernel rejects the commit, commitServices retries each half. A single Service that is too
+// large is committed in steps. A single Service that the kernel rejects is recorded in
+// failed.
 func (r *replaceOperation) commitServices(services []*dataplane.Service) error {
 	if len(services) == 0 {
 		return nil

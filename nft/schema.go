@@ -2,10 +2,10 @@
 
 package nft
 
-// schema is the version of the meaning of elements and rules. It increases if rules of the
-// new version would misread elements of the old one, or the other way round, although the
-// definitions of sets and chains are equal. Replace rebuilds a table of another version. A
-// changed definition needs no new version, because Replace repairs it in place.
+// schema is the version of the meaning of elements and rules. It increases if rules of one
+// version would misread elements of the other, although the definitions of sets and chains
+// are equal. Replace rebuilds a table of another version. A changed definition needs no new
+// version, because Replace repairs it in place.
 const schema = 1
 
 // alteredDefinitions is for tests of upgrades; see schema_other.go.

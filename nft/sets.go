@@ -113,7 +113,7 @@ func newTable(family dataplane.Family) *table {
 		t.addrSets[s] = &nftables.Set{Table: t.nf, Name: addrSet(s).String(), KeyType: addr}
 	}
 	// No rule adds elements to this set. But without the flag dynamic, the kernel stores a
-	// set of such short keys as a bitmap with a list, and walks the list for each added or
+	// set of such short keys as a bitmap with a list. It walks the list for each added or
 	// removed element (nft_set_bitmap.c): 60,000 elements at once took 19 s.
 	t.endpointPorts = &nftables.Set{Table: t.nf, Name: "endpoint-ports", KeyType: nftables.TypeInetService, Dynamic: !alteredDefinitions}
 	t.nodePortAddrs = &nftables.Set{Table: t.nf, Name: "node-port-addrs", KeyType: addr}

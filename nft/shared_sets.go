@@ -90,8 +90,8 @@ func (c *addrCounts) merge(more addrCounts) {
 	}
 }
 
-// diffCounts returns the elements to remove from and to add to a set when more is added to
-// the counts. have has an entry for each element of the set.
+// diffCounts returns the elements to remove from and to add to a set if the counts more are
+// added to have. have must contain an entry for each element of the set.
 func diffCounts[K comparable](have, more map[K]int, encode func(K) []byte) (removed, added []element) {
 	for k, n := range more {
 		before, exists := have[k]

@@ -178,9 +178,9 @@ func (i endpointID) endpointList() endpointList { return endpointList(i & 1) }
 const maxEndpointIDs = 1 << 15
 
 // assignEndpointIDs assigns IDs to the endpoints in the slots of a list. An endpoint keeps
-// its ID. A new endpoint gets an ID that no endpoint of the current assignment has: clients
-// store an ID, and must not be sent to another pod because of a reused ID. The ID depends
-// on the endpoint's address, so that an endpoint that returns usually gets its previous ID.
+// its ID. A new endpoint gets an ID that no endpoint of the current assignment has, because
+// clients that store a reused ID would be sent to another pod. The ID depends on the
+// endpoint's address, so that an endpoint that returns usually gets its previous ID.
 func assignEndpointIDs(l endpointList, current listAssignment, in []netip.AddrPort) []endpointID {
 	idByAddr, used := map[netip.AddrPort]endpointID{}, map[endpointID]bool{}
 	for i, n := range current.ids {

@@ -97,23 +97,23 @@ func (d *Dataplane) ReadVirtualBindings(ctx context.Context) (map[dataplane.Fron
 }
 
 func (r *frontendElements) virtualBinding() VirtualBinding {
-	rule := VirtualBinding{Binding: r.bindingExceptEndpoints(), Local: r.hairpins}
+	b := VirtualBinding{Binding: r.bindingExceptEndpoints(), Local: r.hairpins}
 	slots := [numEndpointLists][]netip.AddrPort{r.slots[clusterEndpoints].endpoints, r.slots[localEndpoints].endpoints}
 	if r.class.has(classSharedList) && r.sharedList != nil {
-		rule.Local, slots = r.sharedList.hairpins, r.sharedList.slots
+		b.Local, slots = r.sharedList.hairpins, r.sharedList.slots
 	}
 	classes := [numEndpointLists]serviceClass{clusterEndpoints: r.class}
-	if rule.ExternalTrafficPolicyLocal && r.inExternal {
+	if b.ExternalTrafficPolicyLocal && r.inExternal {
 		classes[localEndpoints] = r.externalClass
 	}
 	for l, c := range classes {
-		if slots := slots[l]; len(slots) > 0 && !c.has(classPassThrough) {
-			rule.Virtual[l] = slots[0]
+		if len(slots[l]) > 0 && !c.has(classPassThrough) {
+			b.Virtual[l] = slots[l][0]
 		}
-		rule.Served[l] = c.size() > 0 && (c.has(classPassThrough) || rule.Virtual[l].IsValid()) &&
+		b.Served[l] = c.size() > 0 && (c.has(classPassThrough) || b.Virtual[l].IsValid()) &&
 			(!c.has(classSharedList) || r.sharedList != nil && r.sharedList.sizeClasses[l] != 0)
 	}
-	return rule
+	return b
 }
 
 // virtualNetworkRules returns the rules that drop direct connections to the networks of
@@ -139,11 +139,10 @@ func (t *table) virtualNetworkRules() []rule {
 
 // ownClusterIPRule returns the rule for connections to cluster IPs that the node may accept
 // although no interface has the address, because of the Translator's routes. These
-// connections do not pass the forward hook. In the input hook, the rules could not reject
-// them: for a packet to the node itself, the kernel sends an IPv4 ICMP error from the
-// packet's destination address (net/ipv4/icmp.c, __icmp_send), and sends none if no
-// interface has the address. After dstnat, no other program's rules translate them any
-// more.
+// connections do not pass the forward hook, and the input hook cannot reject them. For a
+// packet to the node itself, the kernel sends an IPv4 ICMP error from the packet's
+// destination address (net/ipv4/icmp.c, __icmp_send). It sends none if no interface has the
+// address. After dstnat, no other program's rules translate the connections any more.
 //
 //	ct state new ip daddr @cluster-ips fib daddr type != local goto undeclared
 func (t *table) ownClusterIPRule() rule {
@@ -226,12 +225,12 @@ const (
 	routeMark = 1 << 31
 )
 
-// rerouteRule returns the rule that flips a bit in the mark of packets that the node sends
-// to a bound address and that the Translator sends to an address of the node. IPVS keeps
-// the packet's route to the bound address (net/netfilter/ipvs/ip_vs_xmit.c,
-// __ip_vs_get_out_rt), which leads out of the node. In a chain of type route, a changed
-// mark makes the kernel look up the route again (net/netfilter/nft_chain_route.c). The same
-// rule in the next chain flips the bit back.
+// rerouteRule returns the rule that makes the kernel route packets from the node again if
+// the Translator sends them from a bound address to an address of the node. IPVS keeps the
+// packet's route to the bound address (net/netfilter/ipvs/ip_vs_xmit.c,
+// __ip_vs_get_out_rt), which leads out of the node. The rule flips a bit of the packet's
+// mark. In a chain of type route, a changed mark makes the kernel look up the route again
+// (net/netfilter/nft_chain_route.c). The same rule in the next chain flips the bit back.
 //
 //	oifname != "lo" ct original ip daddr @bound-ips fib daddr type local meta mark set meta mark ^ 0x80000000 comment "an endpoint of this node: route again"
 func (t *table) rerouteRule() rule {

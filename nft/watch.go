@@ -34,9 +34,9 @@ type watch struct {
 	conn       *netlink.Conn
 	subscribed bool // to the kernel's multicast group
 
-	// changes counts the notifications of our tables, and the occasions on which
-	// notifications may have been lost. generation is the last generation with a
-	// notification. generationChanged is closed and replaced when generation changes.
+	// changes counts the notifications of our tables, and the events that may have lost
+	// notifications. generation is the generation of the last notification. When it
+	// changes, generationChanged is closed and replaced.
 	changes           uint64
 	generation        uint32
 	generationChanged chan struct{}
