@@ -23,7 +23,7 @@ func TestNFTRemovesIPVSTables(t *testing.T) {
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a")
 	n.run()
-	n.program.awaitLog(func(r record) bool { return r.Msg == "kernel state of another mode is removed" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "no kernel state of another mode remains" })
 	if listing := n.nft("list", "tables"); strings.Contains(listing, ipvs.TableName) || !strings.Contains(listing, "table ip fairlead\n") {
 		t.Errorf("tables:\n%s", listing)
 	}
@@ -77,7 +77,7 @@ func TestModeIPVS(t *testing.T) {
 	checkUnsupported(n.program.wait(), n.program.log.String())
 	checkUnsupported(n.runOnce(nil, append(args, "--init-only")...))
 	if listing := n.nft("list", "ruleset"); listing != "" {
-		t.Errorf("the ruleset has:\n%s", listing)
+		t.Errorf("ruleset in an unsupported mode:\n%s", listing)
 	}
 }
 

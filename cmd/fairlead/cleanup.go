@@ -56,7 +56,8 @@ program everything again.`,
 var errRunning = errors.New("stop it first, because it would program everything again; --force cleans up anyway, except tables that the other instance owns (--nft-own-table)")
 
 // lockInstance acquires the instance lock, so that no other instance starts programming during
-// cleanup. It fails if another instance is running, and returns nil if the lock is unavailable.
+// cleanup. It returns an error if another instance is running. If another user's process holds
+// the lock, or the holder has just exited, it returns a nil Lock without an error.
 func lockInstance(ctx context.Context) (*instance.Lock, error) {
 	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"}) //nolint:contextcheck // a Lock outlives ctx
 	if err == nil {

@@ -20,7 +20,7 @@ import (
 func (n *testNode) runIPVS(args ...string) {
 	n.t.Helper()
 	n.program = n.start(nil, slices.Concat(n.runArgs(), []string{"--mode=ipvs"}, args)...)
-	n.program.awaitLog(func(r record) bool { return r.Msg == "kernel state of another mode is removed" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "no kernel state of another mode remains" })
 }
 
 // TestSwitchModes switches to ipvs mode and back. Connections must always succeed, and no kernel
@@ -44,7 +44,7 @@ func TestSwitchModes(t *testing.T) {
 	n.stop()
 
 	n.run()
-	n.program.awaitLog(func(r record) bool { return r.Msg == "kernel state of another mode is removed" })
+	n.program.awaitLog(func(r record) bool { return r.Msg == "no kernel state of another mode remains" })
 	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a", "b")
 	stop()
 	if listing := n.nft("list", "tables"); strings.Contains(listing, ipvs.TableName) || !strings.Contains(listing, "fairlead\n") {

@@ -39,8 +39,8 @@ func (n *testNode) awaitTCP(addrs []netip.AddrPort, by string) {
 }
 
 // TestOtherProxy checks that leftover rules of another proxy are reported, and that they get no
-// connections while Fairlead runs or restarts. They do after Fairlead has been stopped for the
-// time of --give-way-after.
+// connections while Fairlead runs or restarts. Once Fairlead has been stopped for --give-way-after,
+// these rules take precedence.
 func TestOtherProxy(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"nftables", "iptables-legacy", "iptables-nft"} {

@@ -44,9 +44,9 @@ func (a *affinityLimiter) run(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil && !failing:
-			a.log.WarnContext(ctx, "limiting session affinity maps failed", "error", err)
+			a.log.WarnContext(ctx, "checking session affinity maps failed", "error", err)
 		case err == nil && failing:
-			a.log.InfoContext(ctx, "limiting session affinity maps works again")
+			a.log.InfoContext(ctx, "checking session affinity maps succeeded again")
 		}
 		failing = err != nil
 		var now uint64

@@ -93,8 +93,8 @@ type Agent struct {
 // New opens the backend and creates the components, without starting or programming anything.
 // Only [Agent.Run] closes the backend.
 //
-// The dataplane and the syncer report to observers because some components depend on the
-// syncer and also observe its commits.
+// The dataplane and the syncer report to observers, because components that observe commits
+// depend on the syncer and are created after it.
 func New(o Options) (*Agent, error) {
 	c, b, log := o.Config, o.Backend, o.Logger
 	a := &Agent{

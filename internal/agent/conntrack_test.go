@@ -265,7 +265,7 @@ func TestStaleUDPFlows(t *testing.T) {
 	}
 }
 
-// TestStaleNodePortFlows does the same for a node port with session affinity. While the node port
+// TestStaleNodePortFlows checks the same for a node port with session affinity. While the node port
 // does not exist, a server of the node answers on its address.
 func TestStaleNodePortFlows(t *testing.T) {
 	t.Parallel()

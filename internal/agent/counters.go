@@ -49,7 +49,7 @@ func (c *packetCounters) readRefused() ([]metrics.RefusedPackets, error) {
 	case err != nil && !failed:
 		c.log.Warn("reading packet counters failed; metrics of refused packets are missing until it succeeds", "error", err)
 	case err == nil && failed:
-		c.log.Info("reading packet counters works again")
+		c.log.Info("reading packet counters succeeded again")
 	}
 	return counts, err
 }

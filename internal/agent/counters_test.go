@@ -40,9 +40,9 @@ func TestRefusedServiceCIDR(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	j := newComponents(slog.New(slog.DiscardHandler))
-	j.pipeline, j.sourceHasNodes = p, false
-	j.deliver(kube.Delta{ServiceCIDRs: sliceOf(kubetest.ServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))})
+	comp := newComponents(slog.New(slog.DiscardHandler))
+	comp.pipeline, comp.sourceHasNodes = p, false
+	comp.deliver(kube.Delta{ServiceCIDRs: sliceOf(kubetest.ServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))})
 	if err := syncer.WaitSynced(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -34,8 +34,8 @@ func openFilesLimit() uint64 {
 
 // divideDescriptors returns the shares of a process with the given limit of open files.
 func divideDescriptors(files uint64) descriptors {
-	share := func(fraction, most uint64) int {
-		return int(max(1, min(most, files/fraction))) //nolint:gosec // most is small
+	share := func(fraction, maxShare uint64) int {
+		return int(max(1, min(maxShare, files/fraction))) //nolint:gosec // maxShare is small
 	}
 	return descriptors{
 		relayConnections:     share(16, maxRelayConnections), // 6/16 of all descriptors

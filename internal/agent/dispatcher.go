@@ -86,9 +86,12 @@ func (d *dispatcher) configure(options kube.Options) {
 
 // setHealthCheckAddrs sets the listen addresses of health-check node ports. These are the
 // addresses of node ports, and the unspecified address for a family whose addresses are all
-// selected. Without --nodeport-addresses, they are the unspecified addresses, as in
-// kube-proxy's iptables mode: a load balancer that forwards packets unchanged probes its own
-// address, which may be assigned to the node's loopback device.
+// selected. Sockets cannot listen on networks of local routes, so only the unspecified
+// address covers these.
+//
+// Without --nodeport-addresses, health-check node ports listen on the unspecified addresses,
+// as in kube-proxy's iptables mode. A load balancer that forwards packets unchanged probes its
+// own address, which may be assigned to the node's loopback device.
 func (d *dispatcher) setHealthCheckAddrs() {
 	var addrs []netip.Addr
 	for _, unspecified := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {

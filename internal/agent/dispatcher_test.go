@@ -46,16 +46,16 @@ func newComponents(log *slog.Logger) *components {
 	p := pipeline.New(fake.New(fake.Options{}), pipeline.Options{Tracker: options})
 	status := p.Syncer.Status
 	state := &nodeState{log: log, sourceHasNodes: true, name: options.NodeName}
-	j := &components{log: log, nodeState: state, progress: newProgress(status), dispatcher: &dispatcher{
+	comp := &components{log: log, nodeState: state, progress: newProgress(status), dispatcher: &dispatcher{
 		log: log, pipeline: p, conntrack: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
 		healthChecks: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: status}),
 		nodeSettings: nodesettings.New(nodesettings.Options{}), events: NoEvents{}, nodeState: state,
 	}}
-	j.commits.add(j.metrics.OnCommit)
-	j.commits.add(j.conntrack.OnCommit)
-	j.commits.add(j.relay.OnCommit)
-	j.commits.add(j.onCommit)
-	return j
+	comp.commits.add(comp.metrics.OnCommit)
+	comp.commits.add(comp.conntrack.OnCommit)
+	comp.commits.add(comp.relay.OnCommit)
+	comp.commits.add(comp.onCommit)
+	return comp
 }
 
 // TestMissingNode checks that a missing Node object is logged once, that its appearance is logged,
@@ -63,7 +63,7 @@ func newComponents(log *slog.Logger) *components {
 func TestMissingNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
+	comp := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 	node := kubetest.Node("node")
 	steps := []struct {
 		name     string
@@ -80,12 +80,12 @@ func TestMissingNode(t *testing.T) {
 	}
 	for _, step := range steps {
 		log.Reset()
-		j.deliver(step.delta)
+		comp.deliver(step.delta)
 		got := log.String()
 		if !strings.Contains(got, step.want) || (step.want == "") != (got == "") || strings.Count(got, "\n") > 1 {
 			t.Errorf("%s: log %q, want %q", step.name, got, step.want)
 		}
-		if j.eligible() != step.eligible {
+		if comp.eligible() != step.eligible {
 			t.Errorf("%s: eligible: %t, want %t", step.name, !step.eligible, step.eligible)
 		}
 	}
@@ -96,14 +96,14 @@ func TestMissingNode(t *testing.T) {
 func TestUnknownNode(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
-	j.deliver(kube.Delta{NodeUnknown: true})
-	if log.Len() > 0 || !j.eligible() {
-		t.Errorf("log %q, eligible: %t", &log, j.eligible())
+	comp := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
+	comp.deliver(kube.Delta{NodeUnknown: true})
+	if log.Len() > 0 || !comp.eligible() {
+		t.Errorf("log %q, eligible: %t", &log, comp.eligible())
 	}
-	j.deliver(kube.Delta{NodeDeleted: true})
-	if !strings.Contains(log.String(), "Node object not found") || j.eligible() {
-		t.Errorf("log %q, eligible: %t", &log, j.eligible())
+	comp.deliver(kube.Delta{NodeDeleted: true})
+	if !strings.Contains(log.String(), "Node object not found") || comp.eligible() {
+		t.Errorf("log %q, eligible: %t", &log, comp.eligible())
 	}
 }
 
@@ -111,13 +111,13 @@ func TestUnknownNode(t *testing.T) {
 func TestNodeExists(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
-	if j.eligible() {
+	comp := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
+	if comp.eligible() {
 		t.Error("eligible before the first Delta")
 	}
-	j.deliver(kube.Delta{Node: kubetest.Node("node")})
-	if log.Len() > 0 || !j.eligible() {
-		t.Errorf("log %q, eligible: %t", &log, j.eligible())
+	comp.deliver(kube.Delta{Node: kubetest.Node("node")})
+	if log.Len() > 0 || !comp.eligible() {
+		t.Errorf("log %q, eligible: %t", &log, comp.eligible())
 	}
 }
 
@@ -125,14 +125,14 @@ func TestNodeExists(t *testing.T) {
 // without pending changes.
 func TestProgress(t *testing.T) {
 	t.Parallel()
-	j := newComponents(slog.New(slog.DiscardHandler))
+	comp := newComponents(slog.New(slog.DiscardHandler))
 	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
 	// Before the first call, pending changes do not count, because the initial list may take long.
-	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
-	if got := j.healthProgress().WaitingSince; !got.IsZero() {
+	comp.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
+	if got := comp.healthProgress().WaitingSince; !got.IsZero() {
 		t.Errorf("before the first call: WaitingSince %s, want zero", got)
 	}
-	j = newComponents(j.log)
+	comp = newComponents(comp.log)
 	steps := []struct {
 		commit sync.Commit
 		want   time.Time
@@ -146,17 +146,17 @@ func TestProgress(t *testing.T) {
 		{sync.Commit{Start: at(8), End: at(9), Err: errors.New("no")}, at(8)},
 	}
 	for i, step := range steps {
-		j.commits.notify(step.commit)
-		if got := j.healthProgress().WaitingSince; !got.Equal(step.want) {
+		comp.commits.notify(step.commit)
+		if got := comp.healthProgress().WaitingSince; !got.Equal(step.want) {
 			t.Errorf("step %d: WaitingSince %s, want %s", i, got, step.want)
 		}
 	}
 	// After a successful call, pending changes count as well.
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- j.pipeline.Syncer.Run(ctx) }()
-	j.pipeline.Syncer.FinishInitialList()
-	if err := j.pipeline.Syncer.WaitSynced(t.Context()); err != nil {
+	go func() { ended <- comp.pipeline.Syncer.Run(ctx) }()
+	comp.pipeline.Syncer.FinishInitialList()
+	if err := comp.pipeline.Syncer.WaitSynced(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	cancel()
@@ -164,9 +164,9 @@ func TestProgress(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := time.Now()
-	j.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
-	j.commits.notify(sync.Commit{})
-	if got := j.healthProgress().WaitingSince; got.Before(before) {
+	comp.pipeline.Syncer.Update(map[dataplane.Key]*dataplane.Service{{Name: "x"}: nil})
+	comp.commits.notify(sync.Commit{})
+	if got := comp.healthProgress().WaitingSince; got.Before(before) {
 		t.Errorf("WaitingSince %s, want the time of the last change", got)
 	}
 }
@@ -175,7 +175,7 @@ func TestProgress(t *testing.T) {
 // that happened while the agent was running, and no others.
 func TestNetworkProgrammingLatency(t *testing.T) {
 	t.Parallel()
-	j := newComponents(slog.New(slog.DiscardHandler))
+	comp := newComponents(slog.New(slog.DiscardHandler))
 	start := time.Now()
 	endpoint := func(address string, changed time.Time) kube.Delta {
 		return kube.Delta{EndpointSlices: sliceOf(kubetest.EndpointSlice("shop", "web", netip.MustParseAddr(address), changed))}
@@ -188,7 +188,7 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now(), Changes: []dataplane.Change{{New: svc}}})
+		comp.commits.notify(sync.Commit{Start: time.Now(), End: time.Now(), Changes: []dataplane.Change{{New: svc}}})
 	}
 	steps := []struct {
 		name  string
@@ -202,10 +202,10 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 		{"another change", endpoint("10.244.0.4", time.Now()), 2},
 	}
 	for _, step := range steps {
-		j.deliver(step.delta)
+		comp.deliver(step.delta)
 		commit()
 		response := httptest.NewRecorder()
-		j.metrics.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+		comp.metrics.Handler().ServeHTTP(response, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
 		want := fmt.Sprintf("kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"} %d\n", step.want)
 		if !strings.Contains(response.Body.String(), want) {
 			t.Errorf("%s: no line %q", step.name, want)
@@ -218,13 +218,13 @@ func TestNetworkProgrammingLatency(t *testing.T) {
 func TestNodePortsWithoutAddress(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
-	j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
-	j.sourceHasNodes = false
+	comp := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
+	comp.sourceHasNodes = false
 	web := kubetest.Service("shop", "web", netip.MustParseAddr("10.96.0.10"))
 	web.Spec.Ports[0].NodePort = 30080
 	webNodePort := web.DeepCopy()
 	webNodePort.Spec.Type = "NodePort"
-	j.setAddresses(nodeip.Addresses{All: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
+	comp.setAddresses(nodeip.Addresses{All: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
 	steps := []struct {
 		name  string
 		delta kube.Delta
@@ -242,7 +242,7 @@ func TestNodePortsWithoutAddress(t *testing.T) {
 	}
 	for _, step := range steps {
 		log.Reset()
-		j.deliver(step.delta)
+		comp.deliver(step.delta)
 		if got := log.String(); (strings.Count(got, "node ports are not served") == 1 && strings.Contains(got, "ip_family=IPv4")) != step.want || !step.want && got != "" {
 			t.Errorf("%s: log %q, want a warning: %t", step.name, got, step.want)
 		}

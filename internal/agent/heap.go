@@ -23,7 +23,7 @@ type startupHeap struct {
 	// reserve is memory that is never touched and therefore never resident, but counts as
 	// heap for the garbage collector.
 	reserve []byte
-	// gcPercent is the previous setting, to be restored.
+	// gcPercent is the previous setting, which releaseAfter restores.
 	gcPercent int
 }
 

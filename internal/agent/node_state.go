@@ -11,8 +11,8 @@ import (
 // node.
 type nodeState struct {
 	log *slog.Logger
-	// sourceHasNodes reports whether the source has Node objects. name is the name of this
-	// node's.
+	// sourceHasNodes reports whether the source has Node objects. name is the name of
+	// this node.
 	sourceHasNodes bool
 	name           string
 
@@ -22,8 +22,8 @@ type nodeState struct {
 	missingLogged    bool // the Node does not exist, and this was logged
 }
 
-// logExistence logs when the Node object is missing and when it appears. Without it, possibly
-// because of a wrong node name, no endpoint is local and load balancers skip this node.
+// logExistence logs when the Node object is missing and when it appears. Without the object,
+// possibly because of a wrong node name, no endpoint is local and load balancers skip this node.
 func (n *nodeState) logExistence() {
 	if !n.sourceHasNodes || n.existenceUnknown.Load() {
 		return

@@ -8,7 +8,7 @@ import (
 )
 
 // removeOtherBackends removes the kernel state of other backends once the running backend has
-// programmed all Services, so that Services work all the time. It only logs failures.
+// programmed all Services, so that connections are not interrupted. It only logs failures.
 func removeOtherBackends(
 	ctx context.Context, running backend.Backend, log *slog.Logger, programmed <-chan struct{}, cleanup func(backend.Backend, *slog.Logger) error,
 ) {
@@ -26,6 +26,6 @@ func removeOtherBackends(
 				"other_mode", other.Name, "error", err)
 			continue
 		}
-		log.InfoContext(ctx, "kernel state of another mode is removed", "other_mode", other.Name)
+		log.InfoContext(ctx, "no kernel state of another mode remains", "other_mode", other.Name)
 	}
 }

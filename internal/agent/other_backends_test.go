@@ -30,22 +30,22 @@ func TestRemoveOtherBackends(t *testing.T) {
 		want string // names of the removed backends
 		log  string
 	}{
-		{backend.NFT, nil, "ipvs", `level=INFO msg="kernel state of another mode is removed" other_mode=ipvs`},
-		{backend.IPVS, nil, "nft", `level=INFO msg="kernel state of another mode is removed" other_mode=nft`},
+		{backend.NFT, nil, "ipvs", `level=INFO msg="no kernel state of another mode remains" other_mode=ipvs`},
+		{backend.IPVS, nil, "nft", `level=INFO msg="no kernel state of another mode remains" other_mode=nft`},
 		{backend.IPVS, errors.New("no"), "nft", `level=WARN msg="removing the kernel state of another mode failed; the next start retries" other_mode=nft error=no`},
 	} {
 		t.Run(test.want+" "+test.log[:10], func(t *testing.T) {
 			t.Parallel()
 			var log bytes.Buffer
 			var cleaned []string
-			j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
+			comp := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 			done := make(chan struct{})
 			ctx, cancel := context.WithTimeout(t.Context(), waitTimeout)
 			defer cancel()
 			committed := make(chan bool, 1)
 			go func() {
 				defer close(done)
-				removeOtherBackends(ctx, backendByName(t, test.mode), j.log, j.programmed, func(b backend.Backend, _ *slog.Logger) error {
+				removeOtherBackends(ctx, backendByName(t, test.mode), comp.log, comp.programmed, func(b backend.Backend, _ *slog.Logger) error {
 					cleaned = append(cleaned, b.Name)
 					select {
 					case <-committed:
@@ -55,11 +55,11 @@ func TestRemoveOtherBackends(t *testing.T) {
 					return test.err
 				})
 			}()
-			j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now(), Err: errors.New("not yet")})
+			comp.commits.notify(sync.Commit{Start: time.Now(), End: time.Now(), Err: errors.New("not yet")})
 			committed <- true
-			j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now()})
+			comp.commits.notify(sync.Commit{Start: time.Now(), End: time.Now()})
 			<-done
-			j.commits.notify(sync.Commit{Start: time.Now(), End: time.Now()})
+			comp.commits.notify(sync.Commit{Start: time.Now(), End: time.Now()})
 			if got := strings.Join(cleaned, " "); got != test.want {
 				t.Errorf("removed the state of %q, want %q", got, test.want)
 			}

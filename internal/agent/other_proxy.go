@@ -9,7 +9,7 @@ import (
 )
 
 // detectOtherProxies scans for rules of other Service proxies. It returns a function that
-// watches for changes of these rules until ctx is done.
+// watches for changes to these rules until ctx is done.
 func (a *Agent) detectOtherProxies(ctx context.Context) (watch func(context.Context) error) {
 	log := a.log.With("component", "otherproxy")
 	scanner, err := otherproxy.NewScanner()
@@ -47,8 +47,8 @@ func (d *dispatcher) setOtherProxy(rules []otherproxy.Rules) {
 	d.pipeline.SetAheadOfOthers(len(rules) > 0)
 }
 
-// giveWay gives the rules of another Service proxy, if there are any, precedence once the
-// process has exited and the given time has passed.
+// giveWay gives precedence to the rules of another Service proxy, if any, after the process has
+// exited and the given time has passed.
 func (a *Agent) giveWay(ctx context.Context, after time.Duration) {
 	a.dispatcher.mu.Lock()
 	ahead := a.dispatcher.pipeline.IsAheadOfOthers()

@@ -26,7 +26,9 @@ type progress struct {
 	// prevents closing it twice; only onCommit uses it.
 	programmed   chan struct{}
 	isProgrammed bool
-	failingSince atomic.Pointer[time.Time] // start of the first of consecutive calls that failed completely, nil if the last succeeded
+	// failingSince is the start of the first of consecutive calls that failed completely, nil
+	// if the last call succeeded.
+	failingSince atomic.Pointer[time.Time]
 }
 
 func newProgress(status func() sync.Status) *progress {

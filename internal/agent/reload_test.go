@@ -61,23 +61,23 @@ func TestTrackerOptions(t *testing.T) {
 func TestModeStaysUntilRestart(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		runs, file string
-		everywhere bool
+		runs, file   string
+		allAddresses bool
 	}{{backend.NFT, backend.IPVS, false}, {backend.IPVS, backend.NFT, true}, {backend.NFT, backend.NFT, false}, {backend.IPVS, backend.IPVS, true}} {
 		t.Run(test.runs+" to "+test.file, func(t *testing.T) {
 			t.Parallel()
 			var log bytes.Buffer
-			j := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
+			comp := newComponents(slog.New(slog.NewTextHandler(&log, nil)))
 			was, _, err := config.Load(config.Flags{"hostname-override": "node"})
 			if err != nil {
 				t.Fatal(err)
 			}
 			next := was
 			was.Mode, next.Mode = test.runs, test.file
-			a := &Agent{log: j.log, logLevel: &slog.LevelVar{}, config: was, backend: backendByName(t, test.runs), dispatcher: j.dispatcher}
+			a := &Agent{log: comp.log, logLevel: &slog.LevelVar{}, config: was, backend: backendByName(t, test.runs), dispatcher: comp.dispatcher}
 			a.applyConfig(t.Context(), next)
-			if j.nodePortAddresses.All != test.everywhere {
-				t.Errorf("node ports on all addresses: %t, want %t", j.nodePortAddresses.All, test.everywhere)
+			if comp.nodePortAddresses.All != test.allAddresses {
+				t.Errorf("node ports on all addresses: %t, want %t", comp.nodePortAddresses.All, test.allAddresses)
 			}
 			if got := strings.Contains(log.String(), "needs a restart"); got != (test.runs != test.file) || got && !strings.Contains(log.String(), "what=mode\n") {
 				t.Errorf("log:\n%s", &log)

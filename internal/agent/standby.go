@@ -37,7 +37,7 @@ func newStandby(log *slog.Logger, description string) *standby {
 	return s
 }
 
-// instanceDescription returns the description of this instance for others.
+// instanceDescription describes this instance to other instances.
 func instanceDescription(o Options) string {
 	host, err := os.Hostname()
 	if err != nil {

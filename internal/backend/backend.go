@@ -30,7 +30,7 @@ type Backend struct {
 	// --nodeport-addresses is empty, like kube-proxy's mode of the same name.
 	NodePortsOnAllAddresses bool
 	// Schedulers are the values of [dataplane.ServiceSpec.Scheduler] that the backend
-	// knows. Nil means that it picks endpoints in one way only.
+	// supports. Nil means that the scheduler cannot be selected.
 	Schedulers []string
 	// Conntrack is set if the backend translates addresses with connection tracking. The
 	// agent then deletes stale entries that direct clients to removed endpoints.
@@ -53,9 +53,9 @@ type Backend struct {
 	// for a Dataplane from Open, which must stay open. Nil means that the kernel limits
 	// them.
 	NewAffinityLimiter func(dataplane.Dataplane) AffinityLimiter
-	// ServedServices returns the names of Services that the kernel has endpoints of, from an
-	// earlier process. A name is namespace/name with an optional suffix :port. Nil means
-	// that no kernel state survives a restart.
+	// ServedServices returns the names of Services for which an earlier process has programmed
+	// endpoints. A name is namespace/name with an optional suffix :port. Nil means that no
+	// kernel state survives a restart.
 	ServedServices func(context.Context) (map[string]struct{}, error)
 }
 

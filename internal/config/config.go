@@ -211,15 +211,15 @@ func isLoopback(address string) bool {
 
 // backend returns the backend named by --mode or --proxy-mode.
 func (p *parser) backend() backend.Backend {
-	own, has := p.values["mode"]
-	theirs, alias := p.values["proxy-mode"]
-	b, known := backend.ByKubeProxyName(theirs)
+	mode, modeSet := p.values["mode"]
+	proxyMode, proxyModeSet := p.values["proxy-mode"]
+	b, known := backend.ByKubeProxyName(proxyMode)
 	switch {
-	case !alias:
+	case !proxyModeSet:
 	case !known:
-		p.fail("proxy-mode", "unknown mode %q: use %s", theirs, strings.Join(backend.KubeProxyNames(), " or "))
-	case has && own != b.Name:
-		p.fail("proxy-mode", "%q conflicts with --mode=%s: set one of them", theirs, own)
+		p.fail("proxy-mode", "unknown mode %q: use %s", proxyMode, strings.Join(backend.KubeProxyNames(), " or "))
+	case modeSet && mode != b.Name:
+		p.fail("proxy-mode", "%q conflicts with --mode=%s: set one of them", proxyMode, mode)
 	default:
 		return b
 	}
@@ -350,7 +350,7 @@ func (p *parser) serviceCIDRs() []netip.Prefix {
 	return prefixes
 }
 
-// nodeName returns the name of this node in lower case, as the kubelet does.
+// nodeName returns the name of this node, converted to lower case like the kubelet's.
 func nodeName(label, override string) (string, error) {
 	name := override
 	if name == "" {

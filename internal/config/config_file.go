@@ -13,9 +13,9 @@ import (
 
 // configFile represents a file with a KubeProxyConfiguration.
 type configFile struct {
-	values      Flags // by the names of the flags that say the same
+	values      Flags // by the names of the equivalent flags
 	content     []byte
-	fieldByFlag map[string]string // where each value stands
+	fieldByFlag map[string]string // origin of each value
 	warnings    []Warning
 }
 

@@ -168,7 +168,7 @@ func settings() []setting {
 		{
 			name: "bind-address", kind: kindString,
 			usage: "primary address of this node, overrides the Node object's address of the same IP family; no socket is bound to it. " +
-				"It also selects the IP family of the default server addresses below",
+				"It also selects the IP family of the default server addresses",
 		},
 		{
 			name: "healthz-bind-address", kind: kindString, defaultValue: "0.0.0.0:10256",

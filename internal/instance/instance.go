@@ -86,9 +86,9 @@ type Lock struct {
 	close    func() error
 }
 
-// Acquire blocks until no other process holds the lock, and returns it. It returns an
-// error when ctx is done. The error wraps [ErrOtherUser] if a process of another user holds
-// the lock.
+// Acquire returns the lock. While another process holds it, Acquire blocks until ctx is done,
+// and then returns an error. The error wraps [ErrOtherUser] if a process of another user holds
+// the lock; Acquire does not wait for that process.
 func Acquire(ctx context.Context, opts Options) (*Lock, error) {
 	for {
 		lock, err := TryAcquire(opts) //nolint:contextcheck // a Lock outlives ctx

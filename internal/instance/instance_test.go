@@ -118,7 +118,7 @@ func TestMutualExclusion(t *testing.T) {
 	t.Parallel()
 	address := testAddress(t)
 	const instances = maxWaiters + 4
-	var holding, most atomic.Int64
+	var holding, maxHolding atomic.Int64
 	results := make(chan error, instances)
 	for range instances {
 		go func() {
@@ -128,7 +128,7 @@ func TestMutualExclusion(t *testing.T) {
 				return
 			}
 			if n := holding.Add(1); n > 1 {
-				most.Store(n)
+				maxHolding.Store(n)
 			}
 			time.Sleep(time.Millisecond)
 			holding.Add(-1)
@@ -145,7 +145,7 @@ func TestMutualExclusion(t *testing.T) {
 			t.Fatal("not all instances acquired the lock")
 		}
 	}
-	if n := most.Load(); n > 1 {
+	if n := maxHolding.Load(); n > 1 {
 		t.Errorf("%d instances held the lock at the same time", n)
 	}
 }

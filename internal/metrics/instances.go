@@ -33,7 +33,7 @@ func (m *Metrics) addOtherProxy() {
 	m.SetOtherProxy(nil)
 }
 
-// SetOtherProxy sets the rules of other Service proxies on the node.
+// SetOtherProxy updates the metric from the rules of other Service proxies on the node.
 func (m *Metrics) SetOtherProxy(rules []otherproxy.Rules) {
 	for _, mode := range otherproxy.Modes() {
 		m.otherProxy.WithLabelValues("kube-proxy", string(mode)).Set(0)

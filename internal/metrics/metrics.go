@@ -305,8 +305,8 @@ func (c *changeCounter) endCall(success bool) {
 	c.nextCall, c.laterCall = c.nextCall+c.laterCall, 0
 }
 
-// RecordTrigger records that endpoints of a Service changed at a time by the API server's or
-// the controller's clock, and that the syncer just received the change. It ignores times
+// RecordTrigger records that endpoints of a Service changed at the given time, which is from
+// another machine's clock, and that the syncer just received the change. It ignores times
 // before the start of the process.
 func (m *Metrics) RecordTrigger(namespace, name string, at time.Time) {
 	if at.Before(m.started) {
@@ -337,16 +337,16 @@ func (m *Metrics) OnCommit(c sync.Commit) {
 	case len(c.Failed) > 0:
 		result = "partial"
 	}
-	took := c.End.Sub(c.Start).Seconds()
+	duration := c.End.Sub(c.Start).Seconds()
 	m.commits.WithLabelValues(string(c.Op), string(c.Reason), result).Inc()
-	m.commitDuration.WithLabelValues(string(c.Op)).Observe(took)
+	m.commitDuration.WithLabelValues(string(c.Op)).Observe(duration)
 	part := m.partialSyncDuration
 	if c.Op == sync.OpReplace {
 		part = m.fullSyncDuration
 	}
 	for _, f := range commitFamilies(c) {
-		m.syncDuration.WithLabelValues(f.String()).Observe(took)
-		part.WithLabelValues(f.String()).Observe(took)
+		m.syncDuration.WithLabelValues(f.String()).Observe(duration)
+		part.WithLabelValues(f.String()).Observe(duration)
 		if c.Err == nil {
 			m.lastSync.WithLabelValues(f.String()).Set(float64(c.End.UnixMilli()) / 1000)
 		}
@@ -484,8 +484,8 @@ func (m *Metrics) RecordHealthResponse(path string, status int) {
 }
 
 // RecordConntrackScan records a conntrack scan for stale entries of a family.
-func (m *Metrics) RecordConntrackScan(family dataplane.Family, took time.Duration, deleted int) {
-	m.conntrackDuration.WithLabelValues(family.String()).Observe(took.Seconds())
+func (m *Metrics) RecordConntrackScan(family dataplane.Family, duration time.Duration, deleted int) {
+	m.conntrackDuration.WithLabelValues(family.String()).Observe(duration.Seconds())
 	m.conntrackDeleted.WithLabelValues(family.String()).Add(float64(deleted))
 }
 
@@ -525,8 +525,8 @@ func newStatusDescs() statusDescs {
 			"Desired Service ports. Each IP family and each kind of address (cluster IP, node port, external IP, "+
 				"load balancer) counts separately.", nil, nil),
 		servicesFailing: prometheus.NewDesc("fairlead_services_failing",
-			"Desired Service ports that are not programmed, by reason: unsupported by the current mode, or error from the "+
-				"kernel.", []string{"reason"}, nil),
+			"Desired Service ports that are not programmed, by reason: unsupported (by the current mode), error (from the "+
+				"kernel).", []string{"reason"}, nil),
 		dataplaneFailed: prometheus.NewDesc("fairlead_dataplane_failed",
 			"1 if the last commit to the kernel failed completely, else 0.", nil, nil),
 		oldestChangeAge: prometheus.NewDesc("fairlead_oldest_change_age_seconds",

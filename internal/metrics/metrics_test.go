@@ -217,22 +217,22 @@ func TestNetworkProgramming(t *testing.T) {
 		beforeStart := time.Now()
 		time.Sleep(time.Hour)
 		m := metrics.New(metrics.Options{Status: noStatus})
-		commit := func(took time.Duration, keys ...dataplane.Key) {
+		commit := func(duration time.Duration, keys ...dataplane.Key) {
 			c := sync.Commit{Op: sync.OpApply, Start: time.Now()}
-			time.Sleep(took)
+			time.Sleep(duration)
 			c.End = time.Now()
 			for _, k := range keys {
 				c.Changes = append(c.Changes, dataplane.Change{New: service(t, k, dataplane.ServiceSpec{})})
 			}
 			m.OnCommit(c)
 		}
-		check := func(count, sum string, of dataplane.Family) {
+		check := func(count, sum string, family dataplane.Family) {
 			t.Helper()
 			const name = "kubeproxy_network_programming_duration_seconds_"
-			label := `{ip_family="` + of.String() + `"}`
+			label := `{ip_family="` + family.String() + `"}`
 			got := statusCollector(t, m, name)
 			if got[name+"count"+label] != count || got[name+"sum"+label] != sum {
-				t.Errorf("%s: count %s, sum %s, want %s and %s", of, got[name+"count"+label], got[name+"sum"+label], count, sum)
+				t.Errorf("%s: count %s, sum %s, want %s and %s", family, got[name+"count"+label], got[name+"sum"+label], count, sum)
 			}
 		}
 		m.RecordTrigger("shop", "web", beforeStart)
@@ -269,7 +269,7 @@ func TestTriggersWithoutEffect(t *testing.T) {
 	const duration = `kubeproxy_network_programming_duration_seconds_`
 	tests := []struct {
 		name  string
-		steps func(m *metrics.Metrics, commit func(oldest time.Time, took, failed []dataplane.Key, err error))
+		steps func(m *metrics.Metrics, commit func(oldest time.Time, programmed, failed []dataplane.Key, err error))
 		count string
 		sum   string
 	}{
@@ -328,10 +328,10 @@ func TestTriggersWithoutEffect(t *testing.T) {
 				var status sync.Status
 				m := metrics.New(metrics.Options{Status: func() sync.Status { return status }})
 				time.Sleep(time.Second)
-				test.steps(m, func(oldest time.Time, took, failed []dataplane.Key, err error) {
+				test.steps(m, func(oldest time.Time, programmed, failed []dataplane.Key, err error) {
 					time.Sleep(time.Nanosecond)
 					c := sync.Commit{Op: sync.OpApply, Start: time.Now(), End: time.Now(), OldestUpdate: oldest, Err: err}
-					for _, k := range took {
+					for _, k := range programmed {
 						c.Changes = append(c.Changes, dataplane.Change{New: service(t, k, dataplane.ServiceSpec{})})
 					}
 					failing := maps.Clone(status.Failing)

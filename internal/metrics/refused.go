@@ -9,7 +9,7 @@ import (
 // Verdict says how the kernel refused a packet.
 type Verdict string
 
-// The verdicts.
+// Verdicts on refused packets.
 const (
 	Drop   Verdict = "drop"   // without a response
 	Reject Verdict = "reject" // with a TCP reset or an ICMP error

@@ -10,7 +10,7 @@ import (
 	"fairlead.io/fairlead/internal/relay"
 )
 
-// TestRelay checks the metrics of the relay, and that there are none without a relay.
+// TestRelay checks the metrics of the relay, and that a node without a relay has no such metrics.
 func TestRelay(t *testing.T) {
 	t.Parallel()
 	stats := func(f dataplane.Family) relay.Stats {
