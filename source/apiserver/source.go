@@ -235,31 +235,32 @@ func (r *resourceReflector) enableRemovalHold(opts Options) {
 	}
 }
 
+// newReflectors returns the reflectors of all resources, with their stores.
 func (s *Source) newReflectors(opts Options) []*resourceReflector {
-	followedServices := s.newReflector(services, &corev1.Service{}, func() runtime.Object { return &corev1.ServiceList{} })
-	followedServices.enableRemovalHold(opts)
+	serviceReflector := s.newReflector(services, &corev1.Service{}, func() runtime.Object { return &corev1.ServiceList{} })
+	serviceReflector.enableRemovalHold(opts)
 	serviceStore := newStore(services, s.queue, func(q *deltaQueue) pendingChanges[*corev1.Service] { return q.services }, s.trimmer.trimService, nil)
-	serviceStore.hold, serviceStore.progress = followedServices.hold, followedServices.progress
+	serviceStore.hold, serviceStore.progress = serviceReflector.hold, serviceReflector.progress
 	serviceStore.serviceName = func(svc *corev1.Service) (types.NamespacedName, bool) { return namespacedName(svc), true }
-	followedServices.store = serviceStore
+	serviceReflector.store = serviceStore
 
-	slices := s.newReflector(endpointSlices, &discoveryv1.EndpointSlice{}, func() runtime.Object { return &discoveryv1.EndpointSliceList{} })
-	slices.enableRemovalHold(opts)
+	sliceReflector := s.newReflector(endpointSlices, &discoveryv1.EndpointSlice{}, func() runtime.Object { return &discoveryv1.EndpointSliceList{} })
+	sliceReflector.enableRemovalHold(opts)
 	sliceStore := newStore(endpointSlices, s.queue,
 		func(q *deltaQueue) pendingChanges[*discoveryv1.EndpointSlice] { return q.endpointSlices }, s.trimmer.trimEndpointSlice, nil)
-	sliceStore.hold, sliceStore.progress = slices.hold, slices.progress
+	sliceStore.hold, sliceStore.progress = sliceReflector.hold, sliceReflector.progress
 	sliceStore.serviceName = serviceNameOfSlice
-	slices.store = sliceStore
+	sliceReflector.store = sliceStore
 
-	node := s.newReflector(nodes, &corev1.Node{}, func() runtime.Object { return &corev1.NodeList{} })
+	nodeReflector := s.newReflector(nodes, &corev1.Node{}, func() runtime.Object { return &corev1.NodeList{} })
 	nodeStore := newStore(nodes, s.queue, func(q *deltaQueue) pendingChanges[*corev1.Node] { return q.nodes }, s.trimmer.trimNode, sameNode)
-	nodeStore.progress, node.store = node.progress, nodeStore
+	nodeStore.progress, nodeReflector.store = nodeReflector.progress, nodeStore
 
-	cidrs := s.newReflector(serviceCIDRs, &networkingv1.ServiceCIDR{}, func() runtime.Object { return &networkingv1.ServiceCIDRList{} })
+	cidrReflector := s.newReflector(serviceCIDRs, &networkingv1.ServiceCIDR{}, func() runtime.Object { return &networkingv1.ServiceCIDRList{} })
 	cidrStore := newStore(serviceCIDRs, s.queue,
 		func(q *deltaQueue) pendingChanges[*networkingv1.ServiceCIDR] { return q.serviceCIDRs }, s.trimmer.trimServiceCIDR, nil)
-	cidrStore.progress, cidrs.store = cidrs.progress, cidrStore
-	return []*resourceReflector{followedServices, slices, node, cidrs}
+	cidrStore.progress, cidrReflector.store = cidrReflector.progress, cidrStore
+	return []*resourceReflector{serviceReflector, sliceReflector, nodeReflector, cidrReflector}
 }
 
 // serviceNameOfSlice returns the name of the Service whose endpoints the slice holds. It
@@ -288,6 +289,7 @@ func (r *resourceReflector) follow(ctx context.Context) {
 	denied, readBefore := false, false
 	for delay := deniedRetryMin; ; delay = min(2*delay, deniedRetryMax) {
 		attemptCtx, cancel := context.WithCancel(ctx)
+		// A copy with handlers that end this attempt when the server denies ServiceCIDRs.
 		attempt := *r
 		attempt.onDenied = func(err error) {
 			switch {
@@ -364,13 +366,13 @@ func (c contextClock) After(d time.Duration) <-chan time.Time { return c.after(d
 
 // afterOrDone returns a channel that receives the time after d, or when ctx is done.
 func afterOrDone(ctx context.Context, d time.Duration) <-chan time.Time {
-	over := make(chan time.Time, 1) // buffered: the receiver may be gone
+	fired := make(chan time.Time, 1) // buffered: the receiver may be gone
 	ctx, cancel := context.WithTimeout(ctx, d)
 	context.AfterFunc(ctx, func() {
 		cancel()
-		over <- time.Now()
+		fired <- time.Now()
 	})
-	return over
+	return fired
 }
 
 func (r *resourceReflector) newRequest(opts *metav1.ListOptions) *rest.Request {

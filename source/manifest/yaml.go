@@ -236,42 +236,43 @@ func syntaxError(c chunk, err error) treeError {
 // treeBuilder converts a yaml.Node to a node.
 type treeBuilder struct {
 	linesBefore int
-	budget      int
-	errs        []treeError
+	// budget is the number of values that may still be created, see maxNodes.
+	budget int
+	errs   []treeError
 }
 
-func (r *treeBuilder) fail(line int, format string, args ...any) {
-	r.errs = append(r.errs, treeError{line, fmt.Sprintf(format, args...)})
+func (b *treeBuilder) fail(line int, format string, args ...any) {
+	b.errs = append(b.errs, treeError{line, fmt.Sprintf(format, args...)})
 }
 
-func (r *treeBuilder) build(y *yaml.Node, depth int) *node {
-	n := &node{line: r.linesBefore + max(y.Line, 1), kind: yaml.ScalarNode, tag: "!!null"}
-	r.budget--
+func (b *treeBuilder) build(y *yaml.Node, depth int) *node {
+	n := &node{line: b.linesBefore + max(y.Line, 1), kind: yaml.ScalarNode, tag: "!!null"}
+	b.budget--
 	switch {
-	case r.budget < 0:
-		if r.budget == -1 {
-			r.fail(n.line, "the aliases of this document expand to more than %d values: use fewer", maxNodes)
+	case b.budget < 0:
+		if b.budget == -1 {
+			b.fail(n.line, "the aliases of this document expand to more than %d values: use fewer", maxNodes)
 		}
 		return n
 	case depth > maxDepth:
-		if r.budget > 0 {
-			r.fail(n.line, "nested more than %d levels deep: an alias may contain itself", maxDepth)
+		if b.budget > 0 {
+			b.fail(n.line, "nested more than %d levels deep: an alias may contain itself", maxDepth)
 		}
-		r.budget = -2 // report this error once
+		b.budget = -2 // report this error once
 		return n
 	}
 	switch y.Kind {
 	case yaml.AliasNode:
-		target := r.build(y.Alias, depth+1)
+		target := b.build(y.Alias, depth+1)
 		target.line = n.line
 		return target
 	case yaml.MappingNode:
 		n.kind, n.tag = y.Kind, y.ShortTag()
-		r.buildMapping(n, y, depth)
+		b.buildMapping(n, y, depth)
 	case yaml.SequenceNode:
 		n.kind, n.tag = y.Kind, y.ShortTag()
 		for _, item := range y.Content {
-			n.items = append(n.items, r.build(item, depth+1))
+			n.items = append(n.items, b.build(item, depth+1))
 		}
 	default:
 		n.tag, n.value = y.ShortTag(), y.Value
@@ -279,32 +280,32 @@ func (r *treeBuilder) build(y *yaml.Node, depth int) *node {
 	return n
 }
 
-func (r *treeBuilder) buildMapping(n *node, y *yaml.Node, depth int) {
+func (b *treeBuilder) buildMapping(n *node, y *yaml.Node, depth int) {
 	var merges []*node
 	lines := map[string]int{}
 	for i := 0; i+1 < len(y.Content); i += 2 {
 		key, value := y.Content[i], y.Content[i+1]
-		line := r.linesBefore + max(key.Line, 1)
+		line := b.linesBefore + max(key.Line, 1)
 		if key.Kind == yaml.AliasNode && key.Alias != nil {
 			key = key.Alias
 		}
 		switch {
 		case key.Kind == yaml.ScalarNode && key.ShortTag() == "!!merge":
-			merges = append(merges, r.build(value, depth+1))
+			merges = append(merges, b.build(value, depth+1))
 			continue
 		case key.Kind != yaml.ScalarNode:
-			r.fail(line, "a key is not text: write one word before the colon")
+			b.fail(line, "a key is not text: write one word before the colon")
 			continue
 		case key.ShortTag() != "!!str":
-			r.fail(line, "key %s is not text: write %q", key.Value, key.Value)
+			b.fail(line, "key %s is not text: write %q", key.Value, key.Value)
 			continue
 		}
 		if first, ok := lines[key.Value]; ok {
-			r.fail(line, "duplicate field %s, first in line %d: remove one", key.Value, first)
+			b.fail(line, "duplicate field %s, first in line %d: remove one", key.Value, first)
 			continue
 		}
 		lines[key.Value] = line
-		n.fields = append(n.fields, nodeField{key.Value, line, r.build(value, depth+1)})
+		n.fields = append(n.fields, nodeField{key.Value, line, b.build(value, depth+1)})
 	}
 	for _, merge := range merges {
 		sources := []*node{merge}
@@ -313,7 +314,7 @@ func (r *treeBuilder) buildMapping(n *node, y *yaml.Node, depth int) {
 		}
 		for _, source := range sources {
 			if source.kind != yaml.MappingNode {
-				r.fail(source.line, "<< must be followed by an alias of a mapping")
+				b.fail(source.line, "<< must be followed by an alias of a mapping")
 				continue
 			}
 			for _, f := range source.fields {
