@@ -3,8 +3,8 @@
 //
 // A [Dataplane] translates [Service] values into kernel state. Package nft uses nftables maps,
 // package ipvs uses IPVS virtual servers. Kubernetes semantics (readiness, traffic policies,
-// ownership of an address) are resolved before a Service reaches this package. A backend
-// translates and makes no such decisions.
+// ownership of an address) are resolved before a Service reaches this package. A backend only
+// translates.
 //
 // # Terms
 //

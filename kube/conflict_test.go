@@ -117,29 +117,29 @@ func TestConflicts(t *testing.T) {
 		// another user's Service (CVE-2020-8554).
 		{"a cluster IP takes precedence over an older external IP or load balancer IP", []step{
 			{
-				name: "a Service claims addresses that are not allocated yet", delta: services(newService("thief", "10.96.0.1", age(9*time.Hour), externalIPs("10.96.0.9", "192.0.2.1"), ingress("10.96.0.8"))),
+				name: "a Service claims addresses that are not allocated yet", delta: services(newService("attacker", "10.96.0.1", age(9*time.Hour), externalIPs("10.96.0.9", "192.0.2.1"), ingress("10.96.0.8"))),
 				want: want{
-					"default/thief:http IPv4":              "10.96.0.1:80/TCP ->",
-					"default/thief:http IPv4 ExternalIP":   "10.96.0.9:80/TCP 192.0.2.1:80/TCP" + masq,
-					"default/thief:http IPv4 LoadBalancer": "10.96.0.8:80/TCP" + masq,
+					"default/attacker:http IPv4":              "10.96.0.1:80/TCP ->",
+					"default/attacker:http IPv4 ExternalIP":   "10.96.0.9:80/TCP 192.0.2.1:80/TCP" + masq,
+					"default/attacker:http IPv4 LoadBalancer": "10.96.0.8:80/TCP" + masq,
 				},
 			},
 			{
 				name: "the addresses are allocated", delta: services(newService("bank", "10.96.0.9", age(0)), newService("shop", "10.96.0.8", age(0))),
 				want: want{
-					"default/bank:http IPv4":               "10.96.0.9:80/TCP ->",
-					"default/shop:http IPv4":               "10.96.0.8:80/TCP ->",
-					"default/thief:http IPv4 ExternalIP":   "192.0.2.1:80/TCP" + masq,
-					"default/thief:http IPv4 LoadBalancer": "gone",
+					"default/bank:http IPv4":                  "10.96.0.9:80/TCP ->",
+					"default/shop:http IPv4":                  "10.96.0.8:80/TCP ->",
+					"default/attacker:http IPv4 ExternalIP":   "192.0.2.1:80/TCP" + masq,
+					"default/attacker:http IPv4 LoadBalancer": "gone",
 				},
 				problems: []string{
-					"default/thief: spec.externalIPs[0]: 10.96.0.9:80/TCP is the cluster IP of Service default/bank, which takes precedence: use another address or port",
-					"default/thief: status.loadBalancer.ingress[0].ip: 10.96.0.8:80/TCP is the cluster IP of Service default/shop, which takes precedence: use another address or port",
+					"default/attacker: spec.externalIPs[0]: 10.96.0.9:80/TCP is the cluster IP of Service default/bank, which takes precedence: use another address or port",
+					"default/attacker: status.loadBalancer.ingress[0].ip: 10.96.0.8:80/TCP is the cluster IP of Service default/shop, which takes precedence: use another address or port",
 				},
 			},
 			{name: "an owner is deleted", delta: gone("shop"), want: want{
-				"default/shop:http IPv4":               "gone",
-				"default/thief:http IPv4 LoadBalancer": "10.96.0.8:80/TCP" + masq,
+				"default/shop:http IPv4":                  "gone",
+				"default/attacker:http IPv4 LoadBalancer": "10.96.0.8:80/TCP" + masq,
 			}},
 		}},
 		{"a Service's own cluster IP as external IP stays a cluster IP", []step{{

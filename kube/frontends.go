@@ -44,7 +44,8 @@ type portFamily struct {
 	candidates []candidate
 	matched    bool
 	chosen     choice
-	// beyondLimit is set if the Service has too many candidates to read those of this port.
+	// beyondLimit is set if the port's candidates were skipped because the Service has too
+	// many.
 	beyondLimit bool
 }
 
