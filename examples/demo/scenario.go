@@ -70,7 +70,7 @@ func (s *scenario) run(ctx context.Context) error {
 // printCluster prints the pods and Services.
 func (s *scenario) printCluster(ctx context.Context) error {
 	s.print("Fairlead demo: a node with %d pods, each a network namespace, and 2 Services.", len(s.pods))
-	s.print("\n  %-11s %-12s %-17s %s", "pod", "IPv4", "IPv6", "what runs in it")
+	s.print("\n  %-11s %-12s %-17s %s", "pod", "IPv4", "IPv6", "program")
 	for _, p := range s.pods {
 		s.print("  %-11s %-12s %-17s %s", p.Name, p.IPv4, p.IPv6, p.description)
 	}
@@ -188,7 +188,7 @@ func (s *scenario) addNodePort(ctx context.Context) error {
 	return nil
 }
 
-const timingRow = "   %-16s %19s %21s"
+const timingRow = "   %-18s %19s %21s"
 
 func (s *scenario) printTimingHeader() {
 	s.print(timingRow, "in the kernel", "since file changed", "since syncer input")
