@@ -66,9 +66,12 @@
 //
 // A frontend has two endpoint lists: the cluster list ([dataplane.ServiceSpec].Endpoints)
 // and the local list (LocalEndpoints). The endpoints of a list occupy its slots, which are
-// numbered from 0. A service class encodes how the tables handle the connections to a
-// frontend; see below. A packet is refused if the rules drop or reject it. The node's own
-// connections start on the node itself. A local pod is a pod of this node.
+// numbered from 0. The frontends of a shard have an address, or a node port, that ends in
+// the same hex digit. A service class encodes how the tables handle the connections to a
+// frontend; see below. A verdict element is an element of a verdict map, which sends the
+// packets of a class to a chain. A packet is refused if the rules drop or reject it. The
+// node's own connections start on the node itself. A local pod is a pod of this node. Each
+// commit to nftables starts a new generation of the kernel's rulesets.
 //
 // # Service classes
 //
@@ -77,8 +80,8 @@
 // in use has a chain. So the number of rules depends on how many combinations of size and
 // properties exist, not on how many Services exist.
 //
-// Properties with more than two values have maps of their own. Only the chains of classes
-// with the property look them up:
+// The remaining properties have separate maps. Only the chains of classes that need such a
+// map look it up:
 //
 //   - externalTrafficPolicy: Local: the map `external` contains the class for the local
 //     list, whose slots start at fa1c:0. `chain external` sends clients there that are
@@ -103,8 +106,8 @@
 //
 // # Shared lists
 //
-// If a Service has 8 or more frontends of a kind, one element for each frontend and endpoint
-// would be too many. These frontends share a list:
+// If a Service has 8 or more frontends of one [dataplane.Kind], one element for each frontend
+// and endpoint would be too many. These frontends share a list:
 //
 //	map lists { … }                # frontend : list ID
 //	map list-sizes { … }           # list ID . first slot : number of endpoints
