@@ -47,7 +47,7 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 		b.drainUndesired(s, vs)
 	}
 	for s, k := range p.current {
-		if _, stays := p.desired[s]; !stays && !writeFailed(k, failed) {
+		if _, isDesired := p.desired[s]; !isDesired && !writeFailed(k, failed) {
 			b.retire(s, p.translated[s])
 		}
 	}
@@ -163,13 +163,13 @@ func writeFailed(k dataplane.Key, failed map[dataplane.Key]error) bool {
 // propagateFailures marks a key as failed if its new Service takes a frontend from a failed
 // Service, which keeps that frontend.
 func (p *plan) propagateFailures(failed map[dataplane.Key]error) {
-	for more := len(failed) > 0; more; {
-		more = false
-		kept := map[dataplane.Frontend]dataplane.Key{}
+	for changed := len(failed) > 0; changed; {
+		changed = false
+		keptBy := map[dataplane.Frontend]dataplane.Key{}
 		for _, c := range p.changes {
 			if c.Old != nil && c.New != nil && writeFailed(c.Key(), failed) {
 				for _, f := range c.Old.Frontends {
-					kept[f] = c.Key()
+					keptBy[f] = c.Key()
 				}
 			}
 		}
@@ -178,9 +178,9 @@ func (p *plan) propagateFailures(failed map[dataplane.Key]error) {
 				continue
 			}
 			for _, f := range c.New.Frontends {
-				if k, ok := kept[f]; ok {
+				if k, ok := keptBy[f]; ok {
 					failed[c.Key()] = fmt.Errorf("frontend %s is still used by %s: %w", f, k, failed[k])
-					more = true
+					changed = true
 					break
 				}
 			}
@@ -355,14 +355,14 @@ func (d *Dataplane) drainLimit(s serverKey) time.Duration {
 }
 
 // retire drains a virtual server that no Service uses any more; the nftables rules drop new
-// connections to it. If now is set or the virtual server has no destinations, retire deletes
+// connections to it. If immediately is set or the virtual server has no destinations, retire deletes
 // it immediately.
-func (b *batch) retire(s serverKey, now bool) {
+func (b *batch) retire(s serverKey, immediately bool) {
 	have, exists := b.servers[s]
 	if !exists {
 		return
 	}
-	if now || len(have.endpoints) == 0 && len(b.draining[s]) == 0 {
+	if immediately || len(have.endpoints) == 0 && len(b.draining[s]) == 0 {
 		b.deleteServer(s)
 		return
 	}

@@ -163,17 +163,17 @@ func TestRandomChurn(t *testing.T) {
 // applyWithFaults applies some changes while requests fail, and checks the Services that did
 // not fail.
 func (c churn) applyWithFaults(d *Dataplane, f *fakeNode, have, next map[dataplane.Key]*dataplane.Service) {
-	known := true
+	stateKnown := true
 	for range 1 + c.IntN(4) {
 		var err error
-		if !known || c.IntN(2) == 0 {
+		if !stateKnown || c.IntN(2) == 0 {
 			err = d.Replace(context.Background(), dataplane.Node{}, maps.Values(next), nil)
 		} else {
 			err = d.Apply(context.Background(), changesBetween(have, next))
 		}
 		var keyed *dataplane.Error
-		switch known = err == nil; {
-		case known:
+		switch stateKnown = err == nil; {
+		case stateKnown:
 			f.expect("without errors despite faults", next, nil)
 		case errors.As(err, &keyed):
 			f.expect("after a partial failure", next, keyed.Failed)
@@ -185,11 +185,11 @@ func (c churn) applyWithFaults(d *Dataplane, f *fakeNode, have, next map[datapla
 // finishDrains deletes drained destinations as resync does.
 func (c churn) finishDrains(d *Dataplane, f *fakeNode) {
 	for s := range maps.Clone(d.draining) {
-		found, err := fakeIPVS{f}.dumpDestinations(s)
+		destinations, err := fakeIPVS{f}.dumpDestinations(s)
 		if err != nil {
 			c.Fatal(err)
 		}
-		if err := d.finishServerDrains(s, found); err != nil {
+		if err := d.finishServerDrains(s, destinations); err != nil {
 			c.Fatal(err)
 		}
 	}

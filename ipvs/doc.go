@@ -16,9 +16,10 @@
 //	20:     not from all iif lo lookup 64029
 //	local 10.96.0.10 dev fairlead0 table 64029 proto 250 scope host
 //
-// The time to add a route does not depend on the number of routes; the time to add an address
-// to an interface does. Packets that the node sends do not use this table, so they keep their
-// usual source address, and IPVS handles them on output.
+// The time to add a route does not depend on the number of routes. By contrast, adding an
+// address to an interface takes longer the more addresses it has. Packets that the node sends
+// do not use this table, so they keep their usual source address, and IPVS handles them on
+// output.
 //
 // All other frontends use addresses that the node needs for other purposes (node ports) or
 // does not own (external IPs, load balancer IPs). Their virtual servers listen on internal
@@ -31,8 +32,8 @@
 //
 // # nftables
 //
-// The tables `ip fairlead-ipvs` and `ip6 fairlead-ipvs` are programmed by package nft with a
-// [nft.Translator]. They do the following:
+// Package nft programs the tables `ip fairlead-ipvs` and `ip6 fairlead-ipvs` with a
+// [nft.Translator]. These tables have three purposes:
 //
 //   - They reject or drop connections that have no endpoint or come from outside the source
 //     ranges, before IPVS sees them.
@@ -44,11 +45,11 @@
 //
 // IPVS has no transactions, so clients see each step of a change. The steps are:
 //
-//  1. Add an nftables rule for each address that will be bound. The rule drops connections
-//     that match no frontend ([nft.BoundAddressService]). It remains while the address is
-//     bound.
-//  2. Bind addresses, add virtual servers and destinations, set weights to 1. A virtual server
-//     that had destinations keeps at least the ones that are still desired.
+//  1. Add an nftables rule for each address that will be bound. This drop rule drops
+//     connections that match no frontend ([nft.BoundAddressService]). It remains while the
+//     address is bound.
+//  2. Bind addresses, add virtual servers and destinations, set weights to 1. Existing
+//     destinations stay.
 //  3. Change the nftables rules in one transaction: open new Services, refuse connections to
 //     Services that lost their last endpoint, drop connections to deleted Services.
 //  4. Set the weight of undesired destinations to 0, including all destinations of deleted
@@ -58,21 +59,21 @@
 // A step that has nothing to change sends nothing. A change of endpoints takes one send to
 // IPVS, and one to nftables if the endpoints are pods of this node.
 //
-// With this order, no address is reachable while its virtual server lacks destinations. It
-// also makes every change safe to interrupt, because the next process finds everything that remains:
-// a virtual server is managed by Fairlead if its address is bound in the routing table above
-// or is internal. Fairlead never changes other virtual servers, virtual servers identified by
-// a firewall mark, and virtual servers in excluded networks.
+// With this order, no address is reachable while its virtual server lacks destinations. Every
+// change is also safe to interrupt, because the next process finds the remaining objects: a
+// virtual server is managed by Fairlead if its address is bound in the routing table above or
+// is internal. Fairlead never changes other virtual servers, virtual servers identified by a
+// firewall mark, and virtual servers in excluded networks.
 //
 // # Draining
 //
-// A removed endpoint drains: its destination gets weight 0. Such a destination accepts no new
+// A removed endpoint drains: its destination gets weight 0. This destination accepts no new
 // connections, not even from clients with session affinity, and keeps its existing ones.
 // Fairlead deletes it when the kernel counts no more connections or when [Options.DrainLimit]
 // expires. The kernel counts a closed TCP connection for two more minutes. A UDP destination
 // is deleted shortly after its endpoint stops serving, and its flows move to another
-// destination. An endpoint that is added again gets weight 1. The weight is state in the
-// kernel, so draining continues after a restart.
+// destination. An endpoint that is added again gets weight 1. The kernel stores the weight, so
+// draining continues after a restart.
 //
 // The endpoints of a deleted Service drain in the same way, and its virtual servers are
 // deleted after the last endpoint. Until then the cluster IP remains bound, and its drop rule
@@ -82,10 +83,10 @@
 // # Netlink
 //
 // Package nlconn sends hundreds of requests for virtual servers, destinations or routes in one
-// system call: the kernel handles the requests of one sendmsg(2) in order and answers only the
-// last one and those with an error. github.com/moby/ipvs waits for an answer to each request:
-// to load 10,000 virtual servers with 10 destinations each took 7.0 s with it and 2.0 s with
-// nlconn (BenchmarkLoad).
+// system call: the kernel handles the requests of one sendmsg(2) in order, and answers only
+// the last one and the ones with an error. github.com/moby/ipvs waits for an answer to each
+// request. Loading 10,000 virtual servers with 10 destinations each took 7.0 s with it and 2.0
+// s with nlconn (BenchmarkLoad).
 //
 // The tests use github.com/moby/ipvs to see the state as other programs see it. The backend
 // does not use it to read state, for these reasons:
@@ -101,6 +102,6 @@
 // # Limitations of IPVS
 //
 // The kernel sends no notifications for IPVS. The backend compares the kernel's state with the
-// programmed state every five seconds, and all destinations within a minute. Session affinity
-// is implemented by IPVS persistence; docs/ipvs.md lists the differences.
+// programmed state every five seconds, and all destinations within a minute. IPVS persistence
+// implements session affinity; docs/ipvs.md lists the differences.
 package ipvs

@@ -138,7 +138,7 @@ func TestDrainingServiceReused(t *testing.T) {
 	same := service(t, dataplane.ClusterIP, "same", "10.96.0.1:81/TCP 10.96.0.1:82/TCP", endpoints)
 	external := service(t, dataplane.ExternalIP, "external", "10.96.0.1:80/TCP", endpoints)
 	services := map[dataplane.Key]*dataplane.Service{}
-	step := func(name string, c dataplane.Change, leaving ...string) {
+	step := func(name string, c dataplane.Change, retiring ...string) {
 		t.Helper()
 		if err := d.Apply(t.Context(), []dataplane.Change{c}); err != nil {
 			t.Fatal(err)
@@ -149,12 +149,12 @@ func TestDrainingServiceReused(t *testing.T) {
 		check := func(when string) {
 			t.Helper()
 			f.expect(when, services, nil)
-			if len(leaving) != len(d.retiring) {
-				t.Errorf("%s %v are retiring, want %v", when, d.retiring, leaving)
+			if len(retiring) != len(d.retiring) {
+				t.Errorf("%s %v are retiring, want %v", when, d.retiring, retiring)
 			}
-			for _, addr := range leaving {
+			for _, addr := range retiring {
 				if !d.retiring[serverKey{dataplane.TCP, netip.MustParseAddrPort(addr)}] {
-					t.Errorf("%s %v are retiring, want %v", when, d.retiring, leaving)
+					t.Errorf("%s %v are retiring, want %v", when, d.retiring, retiring)
 				}
 			}
 		}

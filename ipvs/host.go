@@ -30,11 +30,11 @@ const (
 // host configures the node's network except for IPVS and nftables: the interface, the routing
 // rules, and the routes to cluster IPs.
 //
-// A cluster IP is bound by a local route instead of an address on the interface, because the
-// kernel needs quadratic time for many addresses and answers ARP requests for them by default.
-// The routes are in a dedicated table that is looked up only for incoming packets. Packets
-// from the node keep their usual source address and route, and IPVS handles them on output,
-// whatever the route.
+// Cluster IPs are bound by local routes and not by addresses of the interface, because the
+// kernel needs quadratic time for many addresses, and answers ARP requests for them by
+// default. The routes are in a dedicated table that is looked up only for incoming packets.
+// Packets from the node keep their usual source address and route, and IPVS handles them on
+// output, whatever the route.
 type host struct {
 	netns  int
 	handle *netlink.Handle

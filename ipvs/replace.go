@@ -14,10 +14,10 @@ import (
 	"fairlead.io/fairlead/nft"
 )
 
-// Replace implements [dataplane.Dataplane]. It first programs the nftables rules, in which
-// Services without usable virtual servers are closed. Then it programs the virtual servers,
-// and after every [nlconn.BatchSize] requests the rules that open their Services. Finally it
-// removes everything undesired.
+// Replace implements [dataplane.Dataplane]. It first programs the nftables rules, which drop
+// connections to Services without usable virtual servers: these Services are closed. Then it
+// programs the virtual servers, and after every [nlconn.BatchSize] requests the rules that
+// open their Services. Finally it removes all undesired objects.
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -114,10 +114,10 @@ func (d *Dataplane) newReplacement(
 	}
 	for sv, set := range servers {
 		addr := sv.addr.Addr()
-		_, wanted := r.desired[sv]
+		_, isDesired := r.desired[sv]
 		_, programmed := previous[sv]
-		ours := isInternal(addr) || bound[addr] || wanted || programmed
-		if !ours || prefixesContain(d.excludeCIDRs, addr) {
+		managed := isInternal(addr) || bound[addr] || isDesired || programmed
+		if !managed || prefixesContain(d.excludeCIDRs, addr) {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
@@ -291,9 +291,9 @@ func (r *replacement) programServers(ctx context.Context, progress func(int)) er
 func (r *replacement) removeUndesired(ctx context.Context) error {
 	b := r.newBatch()
 	for _, s := range slices.SortedFunc(maps.Keys(r.servers), serverKey.compare) {
-		want, wanted := r.desired[s]
+		want, isDesired := r.desired[s]
 		switch {
-		case !wanted:
+		case !isDesired:
 			b.retire(s, r.translated[s])
 		case r.failed[r.owners[s][0]] == nil:
 			b.drainUndesired(s, want)

@@ -232,8 +232,8 @@ func (c *ipvsConn) run(requests []request) ([]error, error) {
 // dumpServers returns all virtual servers of the namespace that are identified by protocol and
 // address. It ignores virtual servers identified by a firewall mark.
 //
-// One or two may be missing if others are added or deleted meanwhile, in any
-// namespace: the kernel continues its dump at the position given by the number of virtual
+// A dump may miss one or two virtual servers while others are added or deleted, in any
+// namespace. The kernel continues a dump at the position given by the number of virtual
 // servers already dumped (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_genl_dump_services). See
 // addMissing.
 func (c *ipvsConn) dumpServers() (map[serverKey]settings, error) {

@@ -129,17 +129,17 @@ func newAddrAllocator() addrAllocator {
 }
 
 // allocate returns the internal address of an endpoint list, and assigns one if necessary.
-func (p *addrAllocator) allocate(s *dataplane.Service, l endpointList) netip.AddrPort {
+func (a *addrAllocator) allocate(s *dataplane.Service, l endpointList) netip.AddrPort {
 	owner := addrOwnerOf(s, l)
 	if s.Key.Kind == dataplane.NodePort {
 		return owner.preferred
 	}
-	if addr, ok := p.displaced[owner]; ok {
+	if addr, ok := a.displaced[owner]; ok {
 		return addr
 	}
 	addr := owner.preferred
 	for {
-		if taken, ok := p.owners[addr]; !ok || taken == owner {
+		if current, ok := a.owners[addr]; !ok || current == owner {
 			break
 		}
 		port := addr.Port() + 1
@@ -148,29 +148,29 @@ func (p *addrAllocator) allocate(s *dataplane.Service, l endpointList) netip.Add
 		}
 		addr = netip.AddrPortFrom(addr.Addr(), port)
 	}
-	p.owners[addr] = owner
+	a.owners[addr] = owner
 	if addr != owner.preferred {
-		p.displaced[owner] = addr
+		a.displaced[owner] = addr
 	}
 	return addr
 }
 
 // release frees the addresses of s that next does not use. next is nil if the Service is
 // deleted.
-func (p *addrAllocator) release(s, next *dataplane.Service) {
+func (a *addrAllocator) release(s, next *dataplane.Service) {
 	for l := range endpointLists {
 		owner := addrOwnerOf(s, l)
 		if next != nil && addrOwnerOf(next, l) == owner {
 			continue
 		}
-		addr, moved := p.displaced[owner]
+		addr, moved := a.displaced[owner]
 		if !moved {
 			addr = owner.preferred
 		}
-		if p.owners[addr] == owner {
-			delete(p.owners, addr)
+		if a.owners[addr] == owner {
+			delete(a.owners, addr)
 		}
-		delete(p.displaced, owner)
+		delete(a.displaced, owner)
 	}
 }
 

@@ -138,15 +138,15 @@ func removedEndpoints(old, now *dataplane.Service) (removed []netip.AddrPort) {
 }
 
 // removeAccepting returns the addresses that do not accept new connections of the Service. It
-// returns list itself if no address accepts new connections.
-func removeAccepting(list []netip.AddrPort, svc *dataplane.Service) []netip.AddrPort {
-	accepted := func(addr netip.AddrPort) bool {
+// returns addrs itself if none of them does.
+func removeAccepting(addrs []netip.AddrPort, svc *dataplane.Service) []netip.AddrPort {
+	accepts := func(addr netip.AddrPort) bool {
 		return containsEndpoint(svc.Endpoints, addr) || containsEndpoint(svc.LocalEndpoints, addr)
 	}
-	if !slices.ContainsFunc(list, accepted) {
-		return list
+	if !slices.ContainsFunc(addrs, accepts) {
+		return addrs
 	}
-	return slices.DeleteFunc(slices.Clone(list), accepted)
+	return slices.DeleteFunc(slices.Clone(addrs), accepts)
 }
 
 func sameSlice(a, b []netip.AddrPort) bool {

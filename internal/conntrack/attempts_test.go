@@ -147,10 +147,10 @@ func TestAttemptScanSchedule(t *testing.T) {
 			t.Errorf("unexpected dumps %v", r.table.dumps)
 		}
 		r.table.mu.Unlock()
-		looks := len(r.scans)
+		scans := len(r.scans)
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if len(r.scans) != looks {
+		if len(r.scans) != scans {
 			t.Error("scan without a change")
 		}
 	})

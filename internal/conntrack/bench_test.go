@@ -14,11 +14,11 @@ import (
 func BenchmarkScan(b *testing.B) {
 	for _, entries := range []int{0, 1_000, 10_000, 100_000} {
 		k := openTable(b, newNamespace(b))
-		others := make([]testEntry, entries)
-		for i := range others {
-			others[i] = newTestEntry(fmt.Sprintf("10.%d.%d.1:%d", 1+i>>16, i>>8&0xff, 1024+i&0xff), "10.97.0.10:53", "10.0.0.9:5353")
+		unrelated := make([]testEntry, entries)
+		for i := range unrelated {
+			unrelated[i] = newTestEntry(fmt.Sprintf("10.%d.%d.1:%d", 1+i>>16, i>>8&0xff, 1024+i&0xff), "10.97.0.10:53", "10.0.0.9:5353")
 		}
-		insertEntries(b, k, others...)
+		insertEntries(b, k, unrelated...)
 		for _, tt := range []struct {
 			name    string
 			ports   int

@@ -68,7 +68,7 @@ type Cleaner struct {
 	// nextRescan holds newer candidates, for the rescan after that.
 	rescan, nextRescan candidates
 	rescanAt           time.Time
-	// pausedUntil is the earliest time of the next scan. scanPending reports that one is due.
+	// pausedUntil is the earliest time of the next scan. scanPending reports that a scan waits for this time.
 	pausedUntil time.Time
 	scanPending bool
 	// failed holds the candidates of failed scans. failedScans counts consecutive failures.
@@ -115,13 +115,13 @@ func (c *Cleaner) SetNode(node dataplane.Node) {
 	c.pending.node = &node
 }
 
-// OnCommit receives a completed call of the dataplane, see sync.Options. It must not be called
+// OnCommit receives a completed call of the dataplane, see [sync.Options]. It must not be called
 // concurrently. It does not block, and its cost is proportional to the changes. For TCP it
 // only compares Services.
 func (c *Cleaner) OnCommit(commit sync.Commit) {
 	var added candidates
-	// A Replace follows a start, an error or a change by another program. Before the Replace,
-	// clients may have met any state.
+	// A Replace follows a start, an error or a change by another program. Until then the kernel
+	// may have translated connections in any way.
 	added.all = commit.Op == sync.OpReplace && commit.Err == nil
 	for _, change := range commit.Changes {
 		added.addChange(change)
@@ -154,7 +154,7 @@ func (c *Cleaner) OnCommit(commit sync.Commit) {
 
 // Run scans the entries after each commit that may make entries stale, and once more after a
 // second, until ctx is done. It then returns nil. It retries failed scans, first after a
-// second, later once a minute, and does not affect other parts of the process.
+// second, later once a minute.
 func (c *Cleaner) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()

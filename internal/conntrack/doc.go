@@ -1,37 +1,37 @@
-// Package conntrack deletes stale connection-tracking entries. A stale entry sends a client
-// somewhere else than where its Service is served now. Without it, the client's next packet is
-// translated anew.
+// Package conntrack deletes stale connection-tracking entries. A stale entry sends a client to
+// another destination than its Service has now. After its deletion, the kernel translates the
+// client's next packet by the current rules.
 //
 // A UDP flow has no end: the kernel keeps the translation of the first datagram until no
 // datagram is sent for a while (net.netfilter.nf_conntrack_udp_timeout). A client that keeps
 // sending from one port therefore stays with a removed endpoint, or stays untranslated if the
-// frontend did not exist when the flow began. The same happens to an SCTP client that repeats
-// its INIT from the same port, as telecommunication clients do, and to a TCP client that
-// repeats its SYN because a removed endpoint did not answer.
+// frontend did not exist when the flow began. The same happens to two other kinds of clients.
+// An SCTP client may repeat its INIT from the same port, as in telecommunications. A TCP
+// client repeats its SYN if a removed endpoint did not answer.
 //
 // A [Cleaner] receives every commit ([Cleaner.OnCommit]) and the node ([Cleaner.SetNode]). It
-// scans the entries after a commit has changed the kernel's maps; before that, the next
+// scans the entries after a commit has changed the kernel's maps. Before that, the next
 // datagram would create the same entry again.
 //
 // # Stale entries
 //
 // The Cleaner considers only entries in the default zone whose original destination is a
-// frontend. For node ports, these are the addresses that [dataplane.Node] lists for node
-// ports. The endpoint of an entry is the source of the replies. An entry is never stale while
-// its endpoint serves the frontend: the endpoint accepts new flows, or is in Service.Serving,
-// which keeps existing flows only.
+// frontend. For node ports, the destination must be an address that [dataplane.Node] lists for
+// node ports. The endpoint of an entry is the source of the replies.
+//
+// An entry is never stale while its endpoint serves the frontend. An endpoint serves if it
+// accepts new flows, or if it is in Service.Serving and thus keeps its existing flows. There
+// is one exception: an SCTP entry without a reply is stale if its endpoint is in
+// Service.Serving, because that endpoint may never answer.
 //
 // Otherwise an entry for UDP or SCTP is stale in these cases:
 //
 //   - Its endpoint was removed from the Service, or the Service or frontend was deleted.
 //   - It is not translated, because the frontend did not exist or had no endpoint when the
 //     flow began.
-//   - A Replace has happened, before which the kernel may have held any state. Then all
-//     entries of all frontends are considered, and entries to node ports at addresses removed
-//     from [dataplane.Node] since the start.
-//
-// An SCTP entry without a reply is also stale if its endpoint is in Service.Serving, because
-// that endpoint may never answer.
+//   - A Replace has happened, before which the kernel may have held any state. This applies to
+//     all entries of all frontends, and to entries of node ports at addresses removed from
+//     [dataplane.Node] since the start.
 //
 // A TCP entry is stale only if it has no reply ([connAttempts]). The Cleaner deletes it a
 // second after the change or later. An established connection ends without help, with a reset
@@ -45,7 +45,7 @@
 // (Linux 5.8) by the affected frontends, or by protocol if there are many. Older kernels
 // ignore the filter; the Cleaner detects this from the entries and uses one dump for
 // everything. The kernel walks the whole table for each dump. Therefore no dump runs in the
-// committing goroutine, and consecutive scans pause for most of the time.
+// committing goroutine, and the Cleaner pauses between scans for most of the time.
 //
 // TCP endpoints change all the time, so TCP entries are scanned at most every five seconds.
 // The kernel returns only entries without a reply (Linux 5.15), of which there are few.

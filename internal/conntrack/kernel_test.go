@@ -81,7 +81,7 @@ func TestCleanerWithKernel(t *testing.T) {
 		withZone(unix.IPPROTO_SCTP, 0, newTestEntry("10.1.0.1:9", "10.96.0.10:53", "10.0.0.9:53")),
 		withZone(0, 7, newTestEntry("10.1.0.1:10", "10.96.0.10:53", "10.0.0.9:53")),
 	}
-	leaving := []testEntry{
+	removed := []testEntry{
 		newTestEntry("10.1.0.1:11", "10.96.0.10:53", "10.0.0.2:53"),
 		newTestEntry("10.1.0.1:12", "192.0.2.1:30053", "10.0.0.2:53"),
 		newTestEntry("[fd01::9]:13", "[fd00:96::10]:53", "[fd01::2]:53"),
@@ -93,10 +93,10 @@ func TestCleanerWithKernel(t *testing.T) {
 		newTestEntry("[fd01::9]:17", "[fd00:96::10]:53", "[fd01::9]:53"),
 		newTestEntry("[fd01::9]:18", "[2001:db8::1]:30053", ""),
 	}
-	want := func(when string, lists ...[]testEntry) {
+	want := func(when string, expected ...[]testEntry) {
 		t.Helper()
 		var texts []string
-		for _, m := range slices.Concat(lists...) {
+		for _, m := range slices.Concat(expected...) {
 			texts = append(texts, m.text())
 		}
 		slices.Sort(texts)
@@ -118,8 +118,8 @@ func TestCleanerWithKernel(t *testing.T) {
 			}
 		}
 	}
-	insertEntries(t, k, slices.Concat(kept, leaving, stale)...)
-	want("before", kept, leaving, stale)
+	insertEntries(t, k, slices.Concat(kept, removed, stale)...)
+	want("before", kept, removed, stale)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
@@ -134,9 +134,9 @@ func TestCleanerWithKernel(t *testing.T) {
 	)
 	c.OnCommit(replaceCommit("", dns+two, "", node+two, "", dns6+two6, "", node6+two6))
 	wait(len(stale))
-	want("after the start", kept, leaving)
+	want("after the start", kept, removed)
 	c.OnCommit(applyCommit(dns+two, dns, node+two, node, dns6+two6, dns6, node6+two6, node6))
-	wait(len(leaving))
+	wait(len(removed))
 	want("after removing an endpoint", kept)
 	cancel()
 	if err := <-done; err != nil {

@@ -40,14 +40,14 @@ func (q query) matches(f flow) bool {
 // queries returns the dumps that contain all candidate entries, by family. It omits families
 // without candidates.
 func (x *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
-	narrow := map[query]netip.Addr{} // keyed by family, protocol and port; the zero Addr means several addresses
+	addrs := map[query]netip.Addr{} // keyed by family, protocol and port; the zero Addr means several addresses
 	add := func(f dataplane.Frontend) {
 		addr := f.Addr.Addr()
 		q := query{family: dataplane.FamilyOf(addr), protocol: f.Protocol, port: f.Addr.Port()}
-		if have, ok := narrow[q]; ok && have != addr || addr.IsUnspecified() || addr.Is6() {
+		if have, ok := addrs[q]; ok && have != addr || addr.IsUnspecified() || addr.Is6() {
 			addr = netip.Addr{}
 		}
-		narrow[q] = addr
+		addrs[q] = addr
 	}
 	for f := range s.frontends {
 		add(f)
@@ -58,14 +58,14 @@ func (x *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
 		}
 	}
 	queries := map[dataplane.Family][]query{}
-	for q, addr := range narrow {
+	for q, addr := range addrs {
 		q.addr = addr
 		queries[q.family] = append(queries[q.family], q)
 	}
-	for family, list := range queries {
-		if len(list) > maxQueries {
+	for family, qs := range queries {
+		if len(qs) > maxQueries {
 			queries[family] = slices.CompactFunc(slices.SortedFunc(func(yield func(query) bool) {
-				for _, q := range list {
+				for _, q := range qs {
 					if !yield(query{family: family, protocol: q.protocol}) {
 						return
 					}
@@ -73,7 +73,7 @@ func (x *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
 			}, query.compare), func(a, b query) bool { return a == b })
 			continue
 		}
-		slices.SortFunc(list, query.compare)
+		slices.SortFunc(qs, query.compare)
 	}
 	return queries
 }

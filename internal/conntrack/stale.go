@@ -103,7 +103,7 @@ func (x *serviceIndex) isFormerNodePort(f flow) bool {
 	return owner != nil && serves(owner, f)
 }
 
-// withUnspecifiedAddr returns the frontend of a node port.
+// withUnspecifiedAddr returns f with the unspecified address, which all node ports have.
 func withUnspecifiedAddr(f dataplane.Frontend) dataplane.Frontend {
 	unspecified := netip.IPv6Unspecified()
 	if f.Addr.Addr().Is4() {
@@ -113,13 +113,13 @@ func withUnspecifiedAddr(f dataplane.Frontend) dataplane.Frontend {
 	return f
 }
 
-// isStale reports whether a flow of the candidates is stale.
+// isStale reports whether a flow is stale. It considers only the candidates s.
 func (x *serviceIndex) isStale(f flow, s *candidates) bool {
 	frontend := f.frontend()
 	owner := x.owners[frontend]
-	node, isNode := x.nodePortFrontend(frontend)
-	if owner == nil && isNode {
-		owner = x.owners[node]
+	nodePort, isNodePort := x.nodePortFrontend(frontend)
+	if owner == nil && isNodePort {
+		owner = x.owners[nodePort]
 	}
 	if owner != nil {
 		if serves(owner, f) {
@@ -132,7 +132,7 @@ func (x *serviceIndex) isStale(f flow, s *candidates) bool {
 	if owner == nil && s.all && x.isFormerNodePort(f) {
 		return true
 	}
-	return s.frontends[frontend].isStale(f, owner) || isNode && s.frontends[node].isStale(f, owner)
+	return s.frontends[frontend].isStale(f, owner) || isNodePort && s.frontends[nodePort].isStale(f, owner)
 }
 
 // candidates are the frontends that may have stale entries.
@@ -153,20 +153,20 @@ type criteria struct {
 // isStale reports whether a flow is stale, given that its endpoint does not serve the
 // frontend. owner is nil if the frontend was deleted; an untranslated flow then belongs to
 // another program.
-func (s criteria) isStale(f flow, owner *dataplane.Service) bool {
+func (c criteria) isStale(f flow, owner *dataplane.Service) bool {
 	if !f.translated() && owner == nil {
 		return false
 	}
-	return s.matches(f)
+	return c.matches(f)
 }
 
 // matches reports whether the criteria select the flow: it is not translated, or its endpoint
 // was removed.
-func (s criteria) matches(f flow) bool {
-	if !f.translated() && s.untranslated {
+func (c criteria) matches(f flow) bool {
+	if !f.translated() && c.untranslated {
 		return true
 	}
-	return slices.ContainsFunc(s.removed, func(list []netip.AddrPort) bool { return containsAddr(list, f.endpoint) })
+	return slices.ContainsFunc(c.removed, func(list []netip.AddrPort) bool { return containsAddr(list, f.endpoint) })
 }
 
 func (s *candidates) empty() bool { return !s.all && len(s.frontends) == 0 }

@@ -9,15 +9,16 @@
 //
 // Of modprobe's features, this package supports dependencies, built-in modules, all
 // compressions, and soft dependencies to be loaded before a module (softdep pre), including
-// aliases. Without soft dependencies, libcrc32c and therefore IPVS cannot be loaded on kernels that
-// have crc32c as a module. It ignores soft dependencies to be loaded after a module.
+// aliases. On kernels that have crc32c as a module, libcrc32c and therefore IPVS cannot be
+// loaded without its soft dependency. The package ignores soft dependencies to be loaded after
+// a module.
 //
 // # Why not a library
 //
-// The code is short, and most of it produces errors that name the fix, for which libraries do
-// not expose the necessary details. github.com/u-root/u-root/pkg/kmodule, which is well
-// maintained, lacks soft dependencies and finds built-in modules only if modules.dep exists.
-// It loads all modules from memory (init_module(2)), which kernels that trust files reject
+// The code is short. Most of it produces errors that name the fix, and libraries do not expose
+// the necessary details. github.com/u-root/u-root/pkg/kmodule, which is well maintained, lacks
+// soft dependencies and finds built-in modules only if modules.dep exists. It loads all
+// modules from memory (init_module(2)), which kernels that load only trusted files reject
 // (LoadPin). github.com/pmorjan/kmod lacks soft dependencies too, leaves decompression to its
-// callers, and ignores errors of dependencies. Decompression uses libraries.
+// callers, and ignores errors of dependencies. Only decompression uses libraries.
 package kmod

@@ -50,14 +50,14 @@ func (d *moduleDir) read() error {
 		return err
 	}
 	for line := range strings.Lines(dependencies) {
-		file, others, ok := strings.Cut(line, ":")
+		file, deps, ok := strings.Cut(line, ":")
 		if !ok {
 			continue
 		}
 		name := moduleName(file)
 		d.files[name] = file
-		for other := range strings.FieldsSeq(others) {
-			d.dependencies[name] = append(d.dependencies[name], moduleName(other))
+		for dep := range strings.FieldsSeq(deps) {
+			d.dependencies[name] = append(d.dependencies[name], moduleName(dep))
 		}
 	}
 	// kernel/lib/d.ko

@@ -160,7 +160,7 @@ func (c *Conn) exchange(ctx context.Context, request netlink.Message, visit func
 }
 
 // next returns the sequence number of the first of n requests. The numbers of a batch are
-// consecutive, and none is 0, which netlink.Conn would replace.
+// consecutive, and none is 0.
 func (c *Conn) next(n int) uint32 {
 	if c.sequence > math.MaxUint32-uint32(n) { //nolint:gosec // at most BatchSize
 		c.sequence = 0

@@ -40,8 +40,8 @@ type Addresses struct {
 	// duplicate address detection succeeds (RFC 4862), or immediately for an optimistic
 	// address (RFC 4429). It includes deprecated addresses, which still accept connections.
 	All []netip.Addr
-	// Virtual is the subset of All that only the loopback device or dummy interfaces
-	// have. No network leads to an address because of such an interface.
+	// Virtual holds the addresses that only the loopback device or dummy interfaces have.
+	// These interfaces do not make an address reachable from a network.
 	Virtual []netip.Addr
 	// Routes holds the networks that a local route in table local makes local to the node,
 	// except for routes that the kernel created.
