@@ -39,7 +39,7 @@ type Options struct {
 	// that the node runs no relay.
 	RelayStats func(dataplane.Family) relay.Stats
 	// ServerStats returns the connection statistics of the servers by name. Nil means that
-	// there are no servers.
+	// the agent runs no servers.
 	ServerStats func() map[string]connlimit.Stats
 	// RefusedPackets returns the packets that the kernel has refused. It may block for a
 	// short time. If it fails, the scrape omits these metrics; the function logs the error
@@ -49,8 +49,8 @@ type Options struct {
 	// returns the number of instances that wait for this one to exit.
 	Standby          func() bool
 	WaitingInstances func() int
-	// APIResources returns the state of the watched API resources. Nil means that there is no
-	// API server.
+	// APIResources returns the state of the watched API resources. Nil means that the source is
+	// not an API server.
 	APIResources func() []APIResource
 }
 
