@@ -66,6 +66,7 @@ func faults() []fault {
 		{name: "ruleset flushed", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(3*time.Second, disturbWithNFT("flush ruleset"))},
 		{name: "ruleset flushed in a loop", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(4*time.Second, (*testbed).flushRepeatedly)},
 		{name: "kube-proxy beside it", maxStaleness: 2 * restartDelay, require: (*testbed).requireKubeProxy, inject: (*testbed).runKubeProxy},
+		{name: "kube-proxy flushes IPVS", maxStaleness: 2 * restartDelay, disturbs: true, require: (*testbed).requireKubeProxyAndIPVS, inject: repeatEvery(8*time.Second, (*testbed).flushIPVS)},
 		{name: "API server away", maxStaleness: updateDelay, inject: (*testbed).stopAPI},
 		{name: "restart while the API server is away", maxStaleness: restartDelay, inject: (*testbed).restartWithoutAPI},
 		{name: "too little memory", maxStaleness: 2 * restartDelay, crashesFairlead: true, require: requireMemoryLimit, inject: (*testbed).limitMemory},
@@ -269,8 +270,15 @@ func (t *testbed) requireKubeProxy() string {
 	return ""
 }
 
-// runKubeProxy runs kube-proxy in parallel with Fairlead, kills it, restarts Fairlead, and
-// then cleans up after kube-proxy.
+func (t *testbed) requireKubeProxyAndIPVS() string {
+	if t.options.mode != "ipvs" {
+		return "only the mode ipvs has virtual servers"
+	}
+	return t.requireKubeProxy()
+}
+
+// runKubeProxy runs kube-proxy in parallel with Fairlead, kills it and restarts Fairlead. Then
+// it cleans up after kube-proxy, except in the mode ipvs: see flushIPVS.
 func (t *testbed) runKubeProxy(ctx context.Context) error {
 	third := t.options.time / 3
 	proxy := t.kubeProxy()
@@ -285,7 +293,24 @@ func (t *testbed) runKubeProxy(ctx context.Context) error {
 		return err
 	}
 	sleep(ctx, third)
-	cleanup := exec.Command(proxy.Binary, "--cleanup") //nolint:noctx // takes a second
+	if t.options.mode == "ipvs" {
+		return nil
+	}
+	return t.cleanUpKubeProxy()
+}
+
+// flushIPVS cleans up after kube-proxy, which deletes all virtual servers of the node. Fairlead
+// adds its own again at its next resync.
+func (t *testbed) flushIPVS(ctx context.Context) error {
+	return t.recorder.disturb(func() error {
+		err := t.cleanUpKubeProxy()
+		sleep(ctx, 6*time.Second) // ipvs compares virtual servers every five seconds
+		return err
+	})
+}
+
+func (t *testbed) cleanUpKubeProxy() error {
+	cleanup := exec.Command(t.options.kubeProxy, "--cleanup") //nolint:noctx // takes a second
 	var out bytes.Buffer
 	cleanup.Stdout, cleanup.Stderr = &out, &out
 	if err := t.net.Node.Do(cleanup.Run); err != nil {
