@@ -94,7 +94,7 @@ func changesBetween(from, next map[dataplane.Key]*dataplane.Service) []dataplane
 }
 
 // TestRandomChurn checks that the kernel has the desired state after a Replace and after each
-// Apply that follows, whatever it held before and whatever failed.
+// Apply that follows, from any state before and after any failure.
 func TestRandomChurn(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(300) {

@@ -20,8 +20,8 @@ import (
 )
 
 // TestModuleReload checks that the backend resolves the number of the IPVS family again after
-// a reload of the module. github.com/moby/ipvs resolves it once per process, so none of its
-// handles works any more. If that changes, this package may use more of it.
+// a reload of the module. github.com/moby/ipvs resolves it once per process, so its old
+// handles stop working. If that changes, this package may use more of it.
 func TestModuleReload(t *testing.T) {
 	ns, err := nettest.NewNamespace("")
 	if err != nil {

@@ -103,7 +103,7 @@
 //     or intercept an address that the node uses.
 //   - A cluster IP that is a loopback, link-local, multicast or broadcast address, or an address
 //     of the node, is reported and not served. The Service's other addresses are. The node's
-//     addresses are those of the Node object and those of its interfaces, except the loopback
+//     addresses are the addresses of the Node object and of its interfaces, except the loopback
 //     device and dummy interfaces: NodeLocal DNSCache and kube-proxy's ipvs mode bind cluster IPs
 //     to dummy interfaces.
 //   - A port with more than 65,535 endpoints, the limit of the dataplane, is reported and not

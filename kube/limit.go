@@ -11,7 +11,7 @@ import (
 // request millions of elements and starve all other Services of the node.
 const maxElements = 1 << 18
 
-// limit decides which frontends of a Service with more than maxElements are programmed: those of
+// limit decides which frontends of a Service with more than maxElements are programmed: the frontends of
 // its first ports, and cluster IPs and node ports before the others.
 type limit struct {
 	policy policy

@@ -124,7 +124,7 @@ type System struct {
 	Command []string `json:"command,omitempty"`
 }
 
-// Measure identifies what is measured.
+// Measure is the name of a measured quantity.
 type Measure string
 
 // Measures. Times have the [Measurement.Unit] "s".

@@ -10,7 +10,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 )
 
-// KubeProxy runs kube-proxy in one of its modes with its defaults, except that it leaves the
+// KubeProxy runs kube-proxy in one mode with its defaults, except that it leaves the
 // machine's limits of connection tracking and its own OOM score unchanged.
 type KubeProxy struct {
 	// Binary is the path of the program.

@@ -289,7 +289,7 @@ func TestFailures(t *testing.T) {
 	}{
 		"not root": {
 			adjust: func(cmd *exec.Cmd) {
-				// The user nobody has no access to the test's directories.
+				// An unprivileged user has no access to the test's directories.
 				const nobody = 65534
 				cmd.Path, cmd.Dir = "/proc/self/exe", "/"
 				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}

@@ -332,7 +332,7 @@ func (r *resourceReflector) listAndWatch(ctx context.Context) {
 		Name: string(r.resource), Logger: &logger, Backoff: &backoff,
 		Clock: contextClock{after: func(d time.Duration) <-chan time.Time { return afterOrDone(ctx, d) }},
 	})
-	// This is the loop of Reflector.RunWithContext, except that the latter passes errors to
+	// This is the loop of Reflector.RunWithContext, except that RunWithContext passes errors to
 	// handlers that all clients of the process share and that delay each caller.
 	_ = backoff.DelayWithReset(clock.RealClock{}, 2*time.Minute).Until(ctx, true, true, func(ctx context.Context) (bool, error) {
 		if err := reflector.ListAndWatchWithContext(ctx); err != nil {
