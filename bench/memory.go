@@ -17,8 +17,8 @@ import (
 )
 
 // memory measures the memory held when everything is programmed: for the process, the growth of
-// its resident memory after garbage collection; for the kernel, the growth of its own allocations,
-// see [kernelMemory]. Each value is the median of several starts.
+// its resident memory after garbage collection; for the kernel, the growth of [kernelMemory]. Each
+// value is the median of several starts.
 func memory(ctx context.Context, o Options, m *measurements) error {
 	var resident, peak, kernel []float64
 	times := min(o.startCount(), 5)

@@ -138,7 +138,7 @@ func initialDelta(services []*cluster.Service, node netip.Addr) kube.Delta {
 }
 
 // withLoadedTestbed calls f with a probe, and a pipeline that has programmed the Services on a new
-// testbed. It removes all of them afterwards.
+// testbed. It removes everything afterwards.
 func withLoadedTestbed(ctx context.Context, o Options, services []*cluster.Service, f func(*pipelineUnderTest, *testbed.Probe) error) error {
 	return withTestbed(func(r *testbed.Testbed, p *testbed.Probe) (err error) {
 		s, err := newPipelineUnderTest(ctx, o, r)

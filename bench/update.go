@@ -33,7 +33,7 @@ type updater struct {
 }
 
 // update measures single changes on an otherwise idle node. The kinds of change alternate, so that
-// other activity on the machine affects all of them equally.
+// other activity on the machine affects all kinds equally.
 func update(ctx context.Context, o Options, m *measurements) error {
 	services := newServices(o.Services, o.Endpoints)
 	return withLoadedTestbed(ctx, o, services, func(s *pipelineUnderTest, p *testbed.Probe) error {

@@ -137,13 +137,13 @@ func updateMean(m *result.Measurement, name, unit string, v float64) {
 const maxConcurrentRequests = 16
 
 // churn replaces endpoints of random Services at a rate until end is closed. It returns the number
-// of changes when the API server has answered all of them.
+// of changes after the API server has answered all requests.
 func (n *node) churn(ctx context.Context, end <-chan struct{}, rate float64) (changes int, err error) {
 	const minPeriod = time.Millisecond
 	ticker := time.NewTicker(max(minPeriod, time.Duration(float64(time.Second)/rate)))
 	defer ticker.Stop()
 	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(min(maxConcurrentRequests, len(n.services)/2)) // each request, and the observer, needs a Service of its own
+	group.SetLimit(min(maxConcurrentRequests, len(n.services)/2)) // each request, and the observer, needs a separate Service
 	begin := time.Now()
 	for {
 		select {

@@ -50,7 +50,7 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) e
 func (c *comparison) update(ctx context.Context, n *node, change result.Change, sample int) (took, answered time.Duration, err error) {
 	ctx, cancel := n.contextWhileRunning(ctx)
 	defer cancel()
-	// ReplaceEndpoint and the scaling changes use different Services, spread over all of them.
+	// ReplaceEndpoint and the scaling changes use different Services, spread over all Services.
 	const prime = 7919
 	first, second := 2*sample*prime%len(n.services), (2*sample+1)*prime%len(n.services)
 	var s *cluster.Service

@@ -87,8 +87,8 @@ func Ratio(numerator, denominator []float64, statistic func(sorted []float64) fl
 // PairedRatio returns the median of the ratios of pairs: the i-th sample of numerator divided by
 // the i-th sample of denominator. Its confidence interval is the percentile bootstrap of the
 // pairs. PairedRatio is for samples taken alternately, so that other activity on the machine
-// affects both. It returns an error if the numbers of samples differ, if there are no samples, or
-// if a denominator is 0.
+// affects both. It returns an error if the numbers of samples differ or are 0, or if a denominator
+// is 0.
 func PairedRatio(numerator, denominator []float64) (result.Interval, error) {
 	if len(numerator) != len(denominator) || len(numerator) == 0 {
 		return result.Interval{}, fmt.Errorf("compute paired ratio: got %d samples of the numerator and %d of the denominator, want equal numbers above 0", len(numerator), len(denominator))

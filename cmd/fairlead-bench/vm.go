@@ -84,8 +84,8 @@ func partitionSystems(ctx context.Context, systems []system.System, environment 
 	return d, nil
 }
 
-// compareAll compares systems on this machine and, if its kernel cannot run all of them, in a
-// virtual machine. Errors of the virtual machine appear in the report only.
+// compareAll compares systems on this machine and, if its kernel does not support every system, in
+// a virtual machine. Errors of the virtual machine appear in the report only.
 func (f *compareFlags) compareAll(ctx context.Context, o compare.Options) (*result.Report, error) {
 	d, err := partitionSystems(ctx, o.Systems, o.Environment.Name)
 	if err != nil {
