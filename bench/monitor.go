@@ -3,8 +3,7 @@ package bench
 import (
 	"errors"
 	"fmt"
-	"os"
-	"time"
+	"syscall"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -42,17 +41,28 @@ func (m *monitor) close() error { return m.conn.Close() }
 // read returns the counts of the notifications received since the last call. The kernel sends
 // notifications before it acknowledges a commit, so read includes every acknowledged commit.
 func (m *monitor) read() (notificationCount, error) {
+	raw, err := m.conn.SyscallConn()
+	if err != nil {
+		return notificationCount{}, err
+	}
 	var sum notificationCount
+	buffer := make([]byte, 64<<10)
 	for {
-		if err := m.conn.SetReadDeadline(time.Now().Add(time.Millisecond)); err != nil {
-			return notificationCount{}, err
-		}
-		messages, err := m.conn.Receive()
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		var n int
+		var received error
+		err := raw.Read(func(fd uintptr) bool {
+			n, _, received = unix.Recvfrom(int(fd), buffer, unix.MSG_DONTWAIT)
+			return true
+		})
+		if errors.Is(received, unix.EAGAIN) {
 			return sum, nil
 		}
-		if err != nil {
+		if err := errors.Join(err, received); err != nil {
 			return notificationCount{}, fmt.Errorf("receive nftables notifications: %w", err)
+		}
+		messages, err := syscall.ParseNetlinkMessage(buffer[:n])
+		if err != nil {
+			return notificationCount{}, fmt.Errorf("decode nftables notifications: %w", err)
 		}
 		for _, message := range messages {
 			if err := sum.add(message); err != nil {
@@ -62,14 +72,14 @@ func (m *monitor) read() (notificationCount, error) {
 	}
 }
 
-func (c *notificationCount) add(m netlink.Message) error {
+func (c *notificationCount) add(m syscall.NetlinkMessage) error {
 	const header = 4 // nfgenmsg
 	kind := m.Header.Type & 0xff
 	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || len(m.Data) < header || kind == unix.NFT_MSG_NEWGEN {
 		return nil
 	}
 	c.Messages++
-	c.Bytes += int(m.Header.Length)
+	c.Bytes += int(m.Header.Len)
 	if kind != unix.NFT_MSG_NEWSETELEM && kind != unix.NFT_MSG_DELSETELEM {
 		return nil
 	}

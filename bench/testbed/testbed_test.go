@@ -91,10 +91,11 @@ func (w *proxiedTestbed) programLater(t *testing.T, endpoints ...netip.Addr) (ev
 }
 
 // checkWithin checks the observed time against the interval of the change. Observations may be
-// slightly early, by the last packets that could have shown the change, and late on busy machines.
+// slightly early, by the last packets that could have shown the change. They are late on busy
+// machines, where the probe waits for a processor, but never as late as the probe's own limit.
 func checkWithin(t *testing.T, observed time.Duration, happened <-chan interval) {
 	t.Helper()
-	const before, after = 10 * time.Millisecond, 200 * time.Millisecond
+	const before, after = 10 * time.Millisecond, 10 * time.Second
 	if h := <-happened; observed < h.from-before || observed > h.to+after {
 		t.Errorf("observed the change after %s, but it happened between %s and %s", observed, h.from, h.to)
 	}
@@ -129,8 +130,9 @@ func TestThrottleUntil(t *testing.T) {
 	if s.Packets > limit() {
 		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, limit())
 	}
-	// The next measurement is not throttled. On a busy machine this may need several attempts.
-	for range 20 {
+	// The next measurement is not throttled. A busy machine can be as slow as a throttled probe, so
+	// this may need many attempts.
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
 		w.program(t, backgroundAddr(1))
 		event, happened = w.programLater(t, watchedAddr(1))
 		if s, err = w.probe.FirstArrival(t.Context(), event, vip(), testbed.ToAnyEndpoint); err != nil {
