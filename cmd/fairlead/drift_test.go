@@ -78,6 +78,8 @@ func TestOtherTables(t *testing.T) {
 	n.writePods("backend", "a")
 	n.run()
 	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
+	// This is the last record of a start.
+	n.program.awaitLog(func(r record) bool { return r.Msg == "no kernel state of another mode remains" })
 	n.nft(agenttest.OtherTables)
 	before := len(n.program.log.records())
 	n.nft("add rule ip foreign in counter accept; flush chain inet fairlead prerouting; delete table ip6 foreign")

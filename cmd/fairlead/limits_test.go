@@ -115,7 +115,7 @@ func TestHalfSentRequests(t *testing.T) {
 		}
 	}
 	n.program.awaitLog(func(r record) bool {
-		return r.Level == "WARN" && strings.Contains(r.Msg, "closed to make room") && strings.Contains(r.Reason, "one client")
+		return r.Level == "WARN" && strings.Contains(r.Msg, "to make room") && r.Reason == "client has too many connections"
 	})
 	if got := len(n.program.log.records()); got > 100 {
 		t.Errorf("%d log lines, want at most 100", got)
