@@ -46,7 +46,7 @@ func expectFailed(t *testing.T, err error, keys ...dataplane.Key) {
 	}
 }
 
-// TestBindFailure checks that a Service without a bound address fails, as does the next
+// TestBindFailure checks that a Service fails if its address cannot be bound, as does the next
 // Service at that address. No virtual server may exist there, because a restart could not
 // identify it as managed.
 func TestBindFailure(t *testing.T) {

@@ -217,8 +217,7 @@ func (r *replacement) initialServices() iter.Seq[*dataplane.Service] {
 	}
 }
 
-// closedService returns a copy of the Service without endpoints, whose connections are
-// dropped.
+// closedService returns a copy of the Service that has no endpoints and drops connections.
 func closedService(s *dataplane.Service) *dataplane.Service {
 	c := *s
 	c.Endpoints, c.LocalEndpoints, c.NoEndpointsVerdict = nil, nil, dataplane.Drop

@@ -12,8 +12,7 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// service returns a Service of a kind at frontends such as "10.96.0.1:80/TCP
-// 10.96.0.2:80/TCP".
+// service returns a Service of the given kind. frontends is a list such as "10.96.0.1:80/TCP".
 func service(t *testing.T, kind dataplane.Kind, name, frontends string, spec dataplane.ServiceSpec) *dataplane.Service {
 	t.Helper()
 	key := dataplane.Key{Namespace: "default", Name: name, Kind: kind}
