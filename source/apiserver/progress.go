@@ -45,9 +45,11 @@ type progress struct {
 
 	mu      sync.Mutex
 	version string // all changes up to this resource version have arrived
-	// newest is the object with the highest resource version, newestVersion that version.
-	newest        types.NamespacedName
-	newestVersion string
+	// newest is the object with the highest resource version.
+	newest newestObject
+	// unverified, if not nil, is the state that the server's data must continue. It is set when
+	// a watch ends early, and cleared by a successful check and by a list.
+	unverified *knownState
 	// expectedVersion and foundVersion, if not empty, are a known version of an object and
 	// the lower version that the server returned.
 	expectedVersion, foundVersion string
@@ -60,6 +62,19 @@ type progress struct {
 	// silentRequests counts consecutive requests without any progress.
 	silentRequests int
 	recoveries     map[recovery]uint64
+}
+
+// newestObject is the last known change of an object. Its version is empty if none is known.
+type newestObject struct {
+	name    types.NamespacedName
+	version string
+	deleted bool
+}
+
+// knownState is the state of a resource before a watch.
+type knownState struct {
+	version string // all changes up to this resource version have arrived
+	newest  newestObject
 }
 
 func (p *progress) countEvent() {
@@ -109,7 +124,7 @@ func (p *progress) onReplace(version string) {
 		p.version = version
 	}
 	p.silentRequests = 0
-	p.newest, p.newestVersion = types.NamespacedName{}, ""
+	p.newest, p.unverified = newestObject{}, nil
 	now := version
 	if p.foundVersion != "" {
 		back, before, now = true, p.expectedVersion, p.foundVersion
@@ -127,23 +142,42 @@ func (p *progress) onReplace(version string) {
 	}
 }
 
-// onObjectChange records the version of an object.
-func (p *progress) onObjectChange(name types.NamespacedName, version string) {
+// onObjectChange records the version of an object, or of its deletion.
+func (p *progress) onObjectChange(name types.NamespacedName, version string, deleted bool) {
 	if p == nil {
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.newestVersion == "" || isBefore(p.newestVersion, version) {
-		p.newest, p.newestVersion = name, version
+	if p.newest.version == "" || isBefore(p.newest.version, version) {
+		p.newest = newestObject{name: name, version: version, deleted: deleted}
 	}
 }
 
-// newestObject returns the object with the highest version, or an empty version.
-func (p *progress) newestObject() (name types.NamespacedName, version string) {
+// beginVerification returns the state that the server's data must continue, for a watch that
+// begins at version. It returns nil if there is nothing to verify. An earlier state that is not
+// verified takes precedence: a watch may have delivered newer changes since.
+func (p *progress) beginVerification(endedEarly bool, version string) *knownState {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.newest, p.newestVersion
+	if endedEarly && p.unverified == nil {
+		p.unverified = &knownState{version: version, newest: p.newest}
+	}
+	return p.unverified
+}
+
+// endVerification records that the server's data continue the known state.
+func (p *progress) endVerification() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.unverified = nil
+}
+
+// isNewestDeletion reports whether the last known change is the deletion of an object.
+func (p *progress) isNewestDeletion(name types.NamespacedName) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.newest.deleted && p.newest.name == name
 }
 
 // recordLowerVersion records that the server has a lower version of an object than known.

@@ -32,8 +32,10 @@ type scriptedServer struct {
 	// unfinished removes the closing bookmark from streams; stuck stops all events of
 	// watches.
 	unfinished, stuck bool
-	watches           map[*io.PipeWriter]string
-	requestCounts     map[string]int // by resource and verb
+	// nextEvents are the first events of the next watch of Services, as type and object.
+	nextEvents    [][2]string
+	watches       map[*io.PipeWriter]string
+	requestCounts map[string]int // by resource and verb
 }
 
 func newScripted() *scriptedServer {
@@ -118,6 +120,16 @@ func (s *scriptedServer) serve(r *http.Request) (*http.Response, error) {
 			lines = append(lines, fmt.Sprintf(`{"type":"BOOKMARK","object":{"kind":%q,"apiVersion":%q,"metadata":`+
 				`{"resourceVersion":"%d","annotations":{"k8s.io/initial-events-end":"true"}}}}`, name, group, s.version))
 		}
+	}
+	if verb == "watch" && resource == "services" {
+		for _, e := range s.nextEvents {
+			object := e[1]
+			if e[0] != "ERROR" {
+				object = fmt.Sprintf(`{"kind":%q,"apiVersion":%q,%s`, name, group, object[1:])
+			}
+			lines = append(lines, fmt.Sprintf(`{"type":%q,"object":%s}`, e[0], object))
+		}
+		s.nextEvents = nil
 	}
 	go s.sendEvents(r.Context(), writer, lines, name, group)
 	return response, nil
@@ -375,6 +387,66 @@ func TestVersionsGoBackwards(t *testing.T) {
 		}
 		stop()
 	})
+}
+
+// TestVersionsGoBackwardsBehindEvents checks that versions are compared with the state before the
+// watch: the first events of the watch may have higher versions than all lost ones.
+func TestVersionsGoBackwardsBehindEvents(t *testing.T) {
+	t.Parallel()
+	const later = `{"metadata":{"name":"later","uid":"uid-later","resourceVersion":"190"}}`
+	modify := func(s *scriptedServer) {
+		s.put("services", "web", "uid-lost", 90)
+		s.nextEvents = [][2]string{{"MODIFIED", s.objects["services"]["web"]}}
+	}
+	for name, tt := range map[string]struct {
+		lose    func(*scriptedServer) // makes the change that is lost
+		between func(*scriptedServer) // runs before the change is lost
+	}{
+		"a changed object": {lose: modify},
+		"a changed object, listed again": {lose: modify, between: func(s *scriptedServer) {
+			s.nextEvents = [][2]string{{"ERROR", `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Expired","code":410}`}}
+		}},
+		"a deleted object": {lose: func(s *scriptedServer) {
+			s.nextEvents = [][2]string{{"DELETED", strings.Replace(s.objects["services"]["web"], `"60"`, `"95"`, 1)}}
+			delete(s.objects["services"], "web")
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				server := newScripted()
+				server.put("services", "web", "uid-web", 60)
+				var log logRecorder
+				f, stop := runScripted(t, server, &log, apiserver.Options{})
+				time.Sleep(time.Minute)
+				server.update(func() { tt.lose(server); server.closeWatches() })
+				time.Sleep(2 * time.Minute)
+				server.update(func() {
+					if tt.between != nil {
+						tt.between(server)
+					}
+					server.closeWatches()
+				})
+				time.Sleep(2 * time.Minute)
+				if f.serviceUID("web") == "uid-web" || log.count("went backwards") > 0 {
+					t.Fatalf("the change is not delivered:\n%s", log.text.String())
+				}
+				server.update(func() {
+					server.version = 200
+					server.put("services", "web", "uid-web", 60)
+					server.objects["services"]["later"] = later
+					server.nextEvents = [][2]string{{"ADDED", later}}
+					server.closeWatches()
+				})
+				time.Sleep(time.Minute)
+				if f.serviceUID("web") != "uid-web" || f.serviceUID("later") != "uid-later" {
+					t.Errorf("delivered Services %v:\n%s", f.services, log.text.String())
+				}
+				log.requireLine(t, "went backwards", "resource=services")
+				stop()
+			})
+		})
+	}
 }
 
 // TestVersionsGoBackwardsOnSlowServer checks that versions are compared even if the server

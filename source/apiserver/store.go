@@ -94,6 +94,7 @@ func namespacedName(object metav1.Object) types.NamespacedName {
 // upsert stores an object. The caller holds the queue's lock.
 func (s *store[T]) upsert(object T, uid uint64) {
 	name := namespacedName(object)
+	s.progress.onObjectChange(name, object.GetResourceVersion(), false)
 	before, known := s.fingerprints[name]
 	content, hashed := s.hashContent(object)
 	if known && hashed && content == before.contentHash {
@@ -104,7 +105,6 @@ func (s *store[T]) upsert(object T, uid uint64) {
 		after.object = object
 	}
 	s.fingerprints[name] = after
-	s.progress.onObjectChange(name, object.GetResourceVersion())
 	if known && s.equal != nil && s.equal(before.object, object) {
 		return
 	}
@@ -144,6 +144,7 @@ func (s *store[T]) Delete(item any) error {
 	if before, known := s.fingerprints[name]; known && before.uidHash != s.hashUID(object) && s.hold.active() {
 		return nil // the removal of the object with the previous UID is held
 	}
+	s.progress.onObjectChange(name, object.GetResourceVersion(), true)
 	s.remove(name)
 	s.queue.signal()
 	return nil

@@ -67,22 +67,21 @@ type watchdog struct {
 	// cancel ends the watch with an error, after which the reflector lists.
 	cancel context.CancelFunc
 	opened chan watch.Interface
-	// streamed means that the watch begins with a streamed list. Otherwise it begins at
-	// version.
+	// streamed means that the watch begins with a streamed list.
 	streamed bool
-	version  string
 	// listsBefore is the number of complete lists before the watch.
 	listsBefore uint64
-	// verifyVersions means that resource versions may have gone backwards, longOutage that
-	// requests failed for longer than longOutageAfter.
-	verifyVersions, longOutage bool
+	// unverified, if not nil, is the state before resource versions may have gone backwards.
+	unverified *knownState
+	// longOutage means that requests failed for longer than longOutageAfter.
+	longOutage bool
 }
 
 // watch opens a watch with a watchdog.
 func (r *resourceReflector) watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
 	opts.Watch = true
 	wd := &watchdog{
-		resourceReflector: r, opened: make(chan watch.Interface, 1), streamed: opts.SendInitialEvents != nil, version: opts.ResourceVersion,
+		resourceReflector: r, opened: make(chan watch.Interface, 1), streamed: opts.SendInitialEvents != nil,
 		listsBefore: r.progress.completeLists.Load(),
 	}
 	if !wd.streamed && r.progress.requireConsistent.Load() {
@@ -97,7 +96,11 @@ func (r *resourceReflector) watch(ctx context.Context, opts metav1.ListOptions) 
 			opts.ResourceVersion = ""
 		}
 	}
-	wd.verifyVersions, wd.longOutage = r.progress.beginWatch(opts.TimeoutSeconds)
+	endedEarly, longOutage := r.progress.beginWatch(opts.TimeoutSeconds)
+	wd.longOutage = longOutage
+	if !wd.streamed {
+		wd.unverified = r.progress.beginVerification(endedEarly, opts.ResourceVersion)
+	}
 	if !r.source.inFlight.tryAdd() {
 		return nil, context.Canceled
 	}
@@ -139,7 +142,7 @@ func (w *watchdog) run(ctx context.Context) {
 			w.relist()
 			return
 		}
-	case w.verifyVersions:
+	case w.unverified != nil:
 		if !w.verifyVersion(ctx) {
 			return
 		}
@@ -202,10 +205,11 @@ func (w *watchdog) awaitStreamedList(ctx context.Context) bool {
 }
 
 // verifyVersion checks that resource versions did not go backwards after a watch ended
-// early: it requests the server's current version and the known object with the highest
-// version. If either version is lower than the known one, or the object is gone, the server
-// may have been restored from a backup, which it does not report. verifyVersion then ends
-// the watch and reports false.
+// early: it requests the server's current version and the object with the highest known
+// version. If either version is lower than the known one, or the object is gone without a
+// deletion, or exists after its deletion, the server may have been restored from a backup,
+// which it does not report. verifyVersion then ends the watch and reports false. If the
+// requests fail, the next watch checks again.
 func (w *watchdog) verifyVersion(ctx context.Context) bool {
 	wait := verifyDelayMin + rand.N(verifyDelayMax-verifyDelayMin)
 	for attempts := 0; attempts < verifyAttempts; {
@@ -222,7 +226,9 @@ func (w *watchdog) verifyVersion(ctx context.Context) bool {
 			w.source.log.DebugContext(ctx, "can't get the current resource version", "resource", string(w.resource), "error", err)
 			continue
 		}
-		if !continued {
+		if continued {
+			w.progress.endVerification()
+		} else {
 			w.relist()
 		}
 		return continued
@@ -235,11 +241,11 @@ func (w *watchdog) verifyVersion(ctx context.Context) bool {
 func (w *watchdog) historyContinues(ctx context.Context) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, verifyPause)
 	defer cancel()
-	name, known := w.progress.newestObject()
+	newest := w.unverified.newest
 	opts := metav1.ListOptions{Limit: 1}
 	w.resource.addSelectors(&opts, w.source.nodeName)
-	if known != "" {
-		selectors := []string{fields.OneTermEqualSelector(metav1.ObjectNameField, name.Name).String()}
+	if newest.version != "" {
+		selectors := []string{fields.OneTermEqualSelector(metav1.ObjectNameField, newest.name.Name).String()}
 		if opts.FieldSelector != "" {
 			selectors = append(selectors, opts.FieldSelector)
 		}
@@ -247,8 +253,8 @@ func (w *watchdog) historyContinues(ctx context.Context) (bool, error) {
 	}
 	objects := w.newList()
 	request := w.source.clients[w.resource.groupVersion()].Get().Resource(string(w.resource)).VersionedParams(&opts, metav1.ParameterCodec)
-	if name.Namespace != "" {
-		request = request.Namespace(name.Namespace)
+	if newest.name.Namespace != "" {
+		request = request.Namespace(newest.name.Namespace)
 	}
 	if err := request.Do(ctx).Into(objects); err != nil {
 		return false, err
@@ -261,22 +267,22 @@ func (w *watchdog) historyContinues(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if isBefore(list.GetResourceVersion(), w.version) {
+	if isBefore(list.GetResourceVersion(), w.unverified.version) {
 		return false, nil // the next list logs it
 	}
-	if known == "" {
+	if newest.version == "" {
 		return true, nil
 	}
 	if len(items) == 0 {
-		return false, nil
+		return newest.deleted || w.progress.isNewestDeletion(newest.name), nil
 	}
 	object, err := meta.Accessor(items[0])
 	if err != nil {
 		return false, err
 	}
-	lower := isBefore(object.GetResourceVersion(), known)
+	lower := isBefore(object.GetResourceVersion(), newest.version)
 	if lower {
-		w.progress.recordLowerVersion(known, object.GetResourceVersion())
+		w.progress.recordLowerVersion(newest.version, object.GetResourceVersion())
 	}
 	return !lower, nil
 }
