@@ -67,12 +67,12 @@ func TestRun(t *testing.T) {
 	for rate, changes := range map[float64]int{100: 20, 5000: 1000} {
 		want[key{result.Churn, "nft", result.Scenario{Change: result.ReplaceEndpoint, Services: 20, Endpoints: 3, Rate: rate}}] = changes
 	}
-	for _, system := range []string{"nft", result.Direct} {
+	for _, name := range []string{"nft", result.Direct} {
 		for _, n := range o.Sizes {
 			size := result.Scenario{Services: n, Endpoints: 3}
-			want[key{result.Connect, system, size}] = o.Samples
-			want[key{result.ConnectRate, system, size}] = o.Samples
-			want[key{result.Throughput, system, size}] = starts
+			want[key{result.Connect, name, size}] = o.Samples
+			want[key{result.ConnectRate, name, size}] = o.Samples
+			want[key{result.Throughput, name, size}] = starts
 		}
 	}
 	got := map[key]int{}

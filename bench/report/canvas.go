@@ -58,7 +58,7 @@ type canvas struct {
 type drawing interface {
 	title() string
 	height(width float64) float64
-	draw(c *canvas)
+	drawOn(c *canvas)
 }
 
 // svg draws d with placeholder colors, see [replacePlaceholders].
@@ -66,7 +66,7 @@ func (f *typeface) svg(d drawing, width float64) ([]byte, error) {
 	height := d.height(width)
 	to := vgsvg.New(vg.Length(width), vg.Length(height))
 	var b, texts bytes.Buffer
-	d.draw(&canvas{target: draw.New(to), width: width, height: height, colors: placeholderColor, face: f, texts: &texts})
+	d.drawOn(&canvas{target: draw.New(to), width: width, height: height, colors: placeholderColor, face: f, texts: &texts})
 	if _, err := to.WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)
 	}
@@ -79,7 +79,7 @@ func (f *typeface) png(d drawing, width float64) ([]byte, error) {
 	const dpi = 144
 	height := d.height(width)
 	to := vgimg.NewWith(vgimg.UseWH(vg.Length(width), vg.Length(height)), vgimg.UseDPI(dpi))
-	d.draw(&canvas{target: draw.New(to), width: width, height: height, colors: lightColor, face: f})
+	d.drawOn(&canvas{target: draw.New(to), width: width, height: height, colors: lightColor, face: f})
 	var b bytes.Buffer
 	if _, err := (vgimg.PngCanvas{Canvas: to}).WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("draw %q: %w", d.title(), err)

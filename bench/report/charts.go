@@ -96,7 +96,7 @@ func (r *rowsChart) forEachRow(f func(row)) {
 	}
 }
 
-func (r *rowsChart) draw(c *canvas) {
+func (r *rowsChart) drawOn(c *canvas) {
 	label := textFormat{role: ink, size: textSize}
 	value := textFormat{role: ink, size: textSize, bold: true}
 	var names, values, highest float64
@@ -244,7 +244,7 @@ func (k *curvesChart) height(width float64) float64 {
 	return min(maxHeight, max(minHeight, width*ratio)) + float64(legendLine*len(k.legend(width))) + axisSpace
 }
 
-func (k *curvesChart) draw(c *canvas) {
+func (k *curvesChart) drawOn(c *canvas) {
 	y := float64(legendLine) / 2
 	for _, line := range k.legend(c.width) {
 		for i, at := range line {

@@ -119,12 +119,12 @@ const padding = 14
 
 func (p padded) height(width float64) float64 { return p.drawing.height(width-2*padding) + 2*padding }
 
-func (p padded) draw(c *canvas) {
+func (p padded) drawOn(c *canvas) {
 	c.bar(surface, 0, c.height/2, c.width, c.height)
 	inner := *c
 	inner.inset = padding
 	inner.width, inner.height = c.width-2*padding, c.height-2*padding
-	p.drawing.draw(&inner)
+	p.drawing.drawOn(&inner)
 }
 
 // emulationNotice adds a notice to a drawing that the processor was emulated.
@@ -138,13 +138,13 @@ func (e emulationNotice) height(width float64) float64 {
 	return e.drawing.height(width) + emulationNoticeHeight
 }
 
-func (e emulationNotice) draw(c *canvas) {
+func (e emulationNotice) drawOn(c *canvas) {
 	c.drawText(textFormat{role: ink, size: smallSize, bold: true}, 0, c.height-emulationNoticeHeight/2,
 		"The processor was emulated: times do not apply to real machines.")
 	inner := *c
 	inner.height -= emulationNoticeHeight
 	inner.bottomInset = emulationNoticeHeight
-	e.drawing.draw(&inner)
+	e.drawing.drawOn(&inner)
 }
 
 // section describes one section of the page.

@@ -148,7 +148,7 @@ func (o options) run(ctx context.Context, out io.Writer) (err error) {
 	if err := o.validate(); err != nil {
 		return err
 	}
-	if err := o.checkSupported(); err != nil {
+	if err := o.checkSupported(); err != nil { //nolint:contextcheck // opening a backend takes no context
 		return err
 	}
 	lock, err := removeLeftovers(ctx, o.name, o.keep)
