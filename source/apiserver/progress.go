@@ -155,7 +155,7 @@ func (p *progress) onObjectChange(name types.NamespacedName, version string, del
 }
 
 // beginVerification returns the state that the server's data must continue, for a watch that
-// begins at version. It returns nil if there is nothing to verify. An earlier state that is not
+// begins at version. It returns nil if no verification is needed. An earlier state that is not
 // verified takes precedence: a watch may have delivered newer changes since.
 func (p *progress) beginVerification(endedEarly bool, version string) *knownState {
 	p.mu.Lock()
