@@ -92,7 +92,7 @@
 // does not use it to read state, for these reasons:
 //
 //   - It resolves the number of the generic netlink family once per process. After the module
-//     is reloaded, all its calls fail (TestModuleReload).
+//     is reloaded, all its calls fail (TestModuleReload in ipvs/reloadtest).
 //   - It takes 349 ms and 32 MB to read 1,000 virtual servers with 10 destinations each; this
 //     package takes 191 ms and 2 MB (BenchmarkRead).
 //   - It runs modprobe through os/exec, and logs a failure through logrus if the image does
