@@ -1,11 +1,13 @@
 package apiserver
 
 import (
+	"iter"
 	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/resourceversion"
 )
@@ -178,6 +180,24 @@ func (p *progress) isNewestDeletion(name types.NamespacedName) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.newest.deleted && p.newest.name == name
+}
+
+// checkListed records it if a list has a lower version of the newest known object.
+func (p *progress) checkListed(objects iter.Seq[metav1.Object]) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	newest := p.newest
+	if p.unverified != nil {
+		newest = p.unverified.newest
+	}
+	p.mu.Unlock()
+	for object := range objects {
+		if namespacedName(object) == newest.name && isBefore(object.GetResourceVersion(), newest.version) {
+			p.recordLowerVersion(newest.version, object.GetResourceVersion())
+		}
+	}
 }
 
 // recordLowerVersion records that the server has a lower version of an object than known.

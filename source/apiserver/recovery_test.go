@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -401,11 +402,13 @@ func TestVersionsGoBackwardsBehindEvents(t *testing.T) {
 	for name, tt := range map[string]struct {
 		lose    func(*scriptedServer) // makes the change that is lost
 		between func(*scriptedServer) // runs before the change is lost
+		denied  bool                  // the restored server denies the first watch
 	}{
 		"a changed object": {lose: modify},
 		"a changed object, listed again": {lose: modify, between: func(s *scriptedServer) {
 			s.nextEvents = [][2]string{{"ERROR", `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Expired","code":410}`}}
 		}},
+		"a changed object, listed instead of watched": {lose: modify, denied: true},
 		"a deleted object": {lose: func(s *scriptedServer) {
 			s.nextEvents = [][2]string{{"DELETED", strings.Replace(s.objects["services"]["web"], `"60"`, `"95"`, 1)}}
 			delete(s.objects["services"], "web")
@@ -436,6 +439,13 @@ func TestVersionsGoBackwardsBehindEvents(t *testing.T) {
 					server.put("services", "web", "uid-web", 60)
 					server.objects["services"]["later"] = later
 					server.nextEvents = [][2]string{{"ADDED", later}}
+					var denied atomic.Bool
+					server.override = func(r *http.Request, verb string) (*http.Response, error) {
+						if verb == "watch" && resourceOf(r) == "services" && tt.denied && denied.CompareAndSwap(false, true) {
+							return newResponse(r, http.StatusForbidden, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Forbidden","code":403}`), nil
+						}
+						return nil, r.Context().Err()
+					}
 					server.closeWatches()
 				})
 				time.Sleep(time.Minute)

@@ -171,6 +171,13 @@ func (s *store[T]) Replace(items []any, version string) error {
 		s.trim(object)
 		objects = append(objects, object)
 	}
+	s.progress.checkListed(func(yield func(metav1.Object) bool) {
+		for _, object := range objects {
+			if !yield(object) {
+				return
+			}
+		}
+	})
 	s.progress.onReplace(version)
 	s.queue.mu.Lock()
 	listed := make(map[types.NamespacedName]struct{}, len(objects))
