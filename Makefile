@@ -102,7 +102,7 @@ VMSKIP-nft := $(VMSKIP-nft)|^(TestRandomStates|TestReferenceCounts|TestApplyMany
 VMSKIP-nft := $(VMSKIP-nft)|^(TestReplaceIsolates|TestLargestService|TestInterruptedCommits|TestStepOrder)
 VMSKIP-nft-6.1 := |^TestDrift
 VMSKIP-nft-6.12 := |^TestBehaviour$$/./SCTP|^TestBehaviour$$/././SCTP|^TestBehaviour$$/./././SCTP
-VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go | paste -sd '|'))$$
+VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go | paste -sd '|'))$$
 
 VM = $(CURDIR)/bin/vm run -accel=$(ACCEL)
 # Programs for virtual machines are static and use only instructions that QEMU emulates.

@@ -36,12 +36,12 @@
 package bench
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
 	"time"
 
+	"fairlead.io/fairlead/bench/testbed"
 	"fairlead.io/fairlead/dataplane"
 )
 
@@ -51,12 +51,12 @@ import (
 func Service(i, endpoints int) *dataplane.Service {
 	frontend := dataplane.Frontend{
 		Protocol: dataplane.TCP,
-		Addr:     netip.AddrPortFrom(addrPlus(netip.AddrFrom4([4]byte{172, 16, 0, 1}), i), 80),
+		Addr:     netip.AddrPortFrom(testbed.AddrPlus(netip.AddrFrom4([4]byte{172, 16, 0, 1}), i), 80),
 	}
 	list := make([]dataplane.Endpoint, endpoints)
 	for e := range list {
 		list[e] = dataplane.Endpoint{
-			Addr:  netip.AddrPortFrom(addrPlus(netip.AddrFrom4([4]byte{10, 0, 0, 1}), i*endpoints+e), 8000),
+			Addr:  netip.AddrPortFrom(testbed.AddrPlus(netip.AddrFrom4([4]byte{10, 0, 0, 1}), i*endpoints+e), 8000),
 			Local: e%10 == 0,
 		}
 	}
@@ -75,13 +75,6 @@ func WithEndpoints(s *dataplane.Service, endpoints []dataplane.Endpoint) *datapl
 		panic(err)
 	}
 	return changed
-}
-
-// addrPlus returns the address n after first.
-func addrPlus(first netip.Addr, n int) netip.Addr {
-	b := first.As4()
-	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+uint32(n))
-	return netip.AddrFrom4(b)
 }
 
 // Percentile returns the p-th percentile (0 to 100) of durations. It sorts durations in place.

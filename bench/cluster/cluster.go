@@ -3,7 +3,6 @@
 package cluster
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -42,25 +41,18 @@ type Service struct {
 func NewService(i, endpoints int) *Service {
 	s := &Service{Index: i, Endpoints: make([]netip.Addr, endpoints)}
 	for e := range s.Endpoints {
-		s.Endpoints[e] = addrAfter(testbed.BackgroundCIDR.Addr(), i*endpoints+e)
+		s.Endpoints[e] = testbed.AddrPlus(testbed.BackgroundCIDR.Addr(), i*endpoints+e+1)
 	}
 	return s
 }
 
 // WatchedAddr returns the n-th endpoint address that the probe watches.
-func WatchedAddr(n int) netip.Addr { return addrAfter(testbed.WatchedCIDR.Addr(), n) }
+func WatchedAddr(n int) netip.Addr { return testbed.AddrPlus(testbed.WatchedCIDR.Addr(), n+1) }
 
 // Addr returns the Service's cluster IP and port. No generated Service has the first address,
 // which the Service default/kubernetes has in a real cluster.
 func (s *Service) Addr() netip.AddrPort {
-	return netip.AddrPortFrom(addrAfter(testbed.ServiceCIDR.Addr(), s.Index+1), Port)
-}
-
-// addrAfter returns the address n+1 after first.
-func addrAfter(first netip.Addr, n int) netip.Addr {
-	b := first.As4()
-	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+1+uint32(n)) //nolint:gosec // see NewService
-	return netip.AddrFrom4(b)
+	return netip.AddrPortFrom(testbed.AddrPlus(testbed.ServiceCIDR.Addr(), s.Index+2), Port)
 }
 
 // WithReplacedEndpoint returns a copy of the Service whose last endpoint has the address addr.

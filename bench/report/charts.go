@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"fairlead.io/fairlead/bench/result"
+	"fairlead.io/fairlead/bench/statistics"
 	"fairlead.io/fairlead/bench/table"
 )
 
@@ -33,19 +34,9 @@ func newRow(m *result.Measurement) row {
 	d := m.Distribution
 	low := d.Min
 	if len(m.Samples) > 0 {
-		low = percentile(m.Samples, 0.1)
+		low = statistics.Quantile(0.1)(slices.Sorted(slices.Values(m.Samples)))
 	}
 	return row{styleOf(m.System), d.Min, low, d.P50, d.P90, d.Max, table.Number(d.P50, m.Unit)}
-}
-
-func percentile(samples []float64, p float64) float64 {
-	sorted := slices.Sorted(slices.Values(samples))
-	at := p * float64(len(sorted)-1)
-	i := int(at)
-	if i+1 >= len(sorted) {
-		return sorted[len(sorted)-1]
-	}
-	return sorted[i] + (at-float64(i))*(sorted[i+1]-sorted[i])
 }
 
 // group contains rows under one heading.

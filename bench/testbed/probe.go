@@ -227,7 +227,7 @@ func (p *Probe) send(service netip.AddrPort) error {
 	p.lastSeq++
 	p.sourcesUsed++
 	const ports = 60000 // per source address, from port 1024
-	source := addrPlus(clientCIDR.Addr(), 1+p.sourcesUsed/ports)
+	source := AddrPlus(clientCIDR.Addr(), int(1+p.sourcesUsed/ports))
 	b := p.packet[:]
 	clear(b)
 	ip, tcp := b[:ipHeader], b[ipHeader:]
@@ -305,9 +305,9 @@ func (p *Probe) drain(arrived func(seq uint32, addr netip.Addr)) error {
 // discardReceived drops the packets that have arrived so far.
 func (p *Probe) discardReceived() error { return p.receive(func(uint32, netip.Addr) {}) }
 
-// addrPlus returns the address n after addr.
-func addrPlus(addr netip.Addr, n uint32) netip.Addr {
+// AddrPlus returns the IPv4 address n after addr.
+func AddrPlus(addr netip.Addr, n int) netip.Addr {
 	b := addr.As4()
-	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+n)
+	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+uint32(n)) //nolint:gosec // n is the index of an address
 	return netip.AddrFrom4(b)
 }

@@ -262,9 +262,6 @@ func (m *Metrics) Handler() http.Handler {
 	return promhttp.InstrumentMetricHandler(m.registry, promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
 }
 
-// Registry returns the registry, for further collectors.
-func (m *Metrics) Registry() prometheus.Registerer { return m.registry }
-
 // RecordObjectChanges counts added, changed or deleted Services and EndpointSlices.
 func (m *Metrics) RecordObjectChanges(services, endpointSlices int) {
 	status := m.options.Status()

@@ -62,7 +62,7 @@ func Dial(protocol, netns int) (*Conn, error) {
 }
 
 func (c *Conn) dial() error {
-	conn, err := netlink.Dial(c.protocol, &netlink.Config{NetNS: c.netns, Strict: true, MessageBufferSize: MessageSize})
+	conn, err := netlink.Dial(c.protocol, &netlink.Config{NetNS: c.netns, Strict: true})
 	if err != nil {
 		return fmt.Errorf("open netlink socket: %w", err)
 	}

@@ -65,7 +65,7 @@ func faults() []fault {
 		{name: "chain deleted", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(3*time.Second, disturbWithNFT("flush chain ip %[1]s nat-prerouting\ndelete chain ip %[1]s nat-prerouting"))},
 		{name: "ruleset flushed", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(3*time.Second, disturbWithNFT("flush ruleset"))},
 		{name: "ruleset flushed in a loop", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(4*time.Second, (*testbed).flushRepeatedly)},
-		{name: "kube-proxy beside it", maxStaleness: 2 * restartDelay, require: (*testbed).requireKubeProxy, inject: (*testbed).runKubeProxy},
+		{name: "kube-proxy beside it", maxStaleness: 2 * restartDelay, require: (*testbed).requireKubeProxyAndNFT, inject: (*testbed).runKubeProxy},
 		{name: "kube-proxy flushes IPVS", maxStaleness: 2 * restartDelay, disturbs: true, require: (*testbed).requireKubeProxyAndIPVS, inject: repeatEvery(8*time.Second, (*testbed).flushIPVS)},
 		{name: "API server away", maxStaleness: updateDelay, inject: (*testbed).stopAPI},
 		{name: "restart while the API server is away", maxStaleness: restartDelay, inject: (*testbed).restartWithoutAPI},
@@ -270,15 +270,22 @@ func (t *testbed) requireKubeProxy() string {
 	return ""
 }
 
+func (t *testbed) requireKubeProxyAndNFT() string {
+	if t.options.mode == system.ModeIPVS {
+		return "kube-proxy deletes all virtual servers when it starts: see kube-proxy flushes IPVS"
+	}
+	return t.requireKubeProxy()
+}
+
 func (t *testbed) requireKubeProxyAndIPVS() string {
-	if t.options.mode != "ipvs" {
+	if t.options.mode != system.ModeIPVS {
 		return "only the mode ipvs has virtual servers"
 	}
 	return t.requireKubeProxy()
 }
 
-// runKubeProxy runs kube-proxy in parallel with Fairlead, kills it and restarts Fairlead. Then
-// it cleans up after kube-proxy, except in the mode ipvs: see flushIPVS.
+// runKubeProxy runs kube-proxy in parallel with Fairlead, kills it, restarts Fairlead, and then
+// cleans up after kube-proxy.
 func (t *testbed) runKubeProxy(ctx context.Context) error {
 	third := t.options.time / 3
 	proxy := t.kubeProxy()
@@ -293,9 +300,6 @@ func (t *testbed) runKubeProxy(ctx context.Context) error {
 		return err
 	}
 	sleep(ctx, third)
-	if t.options.mode == "ipvs" {
-		return nil
-	}
 	return t.cleanUpKubeProxy()
 }
 
