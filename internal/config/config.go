@@ -439,7 +439,7 @@ func (p *parser) nodePortAddresses(manifests bool) kube.NodePortAddresses {
 func (p *parser) serverAddress(c *Config, what, host, port string) string {
 	name, portName := what+"-bind-address", what+"-port"
 	if _, ok := p.values[portName]; ok {
-		c.Warnings = append(c.Warnings, Warning{p.label(portName), "use " + p.label(name), true})
+		c.Warnings = append(c.Warnings, Warning{p.label(portName), "use " + p.label(name), Deprecated})
 		given := p.integer(portName, 0, 1<<16-1)
 		if given == 0 {
 			return ""

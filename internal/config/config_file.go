@@ -61,6 +61,8 @@ func ignoredFieldReason(field string) string {
 	switch {
 	case strings.HasSuffix(field, "yncPeriod") && section != "configSyncPeriod":
 		return ignoredSync
+	case field == "logging.vmodule":
+		return ignoredVModule
 	case field == "iptables.localhostNodePorts":
 		return ignoredLocalhost
 	case field == "nftables.masqueradeAll":
@@ -90,12 +92,15 @@ func readConfigFile(path string) (configFile, error) {
 }
 
 func parseConfigFile(content []byte) (configFile, error) {
-	fields, err := proxyconfig.Decode(content)
+	document, err := proxyconfig.Decode(content)
 	if err != nil {
 		return configFile{}, err
 	}
 	f := configFile{values: Flags{}, content: content, fieldByFlag: map[string]string{}}
-	f.addFields(fields)
+	for _, part := range document.Ignored {
+		f.warnings = append(f.warnings, Warning{Setting: part.Name, Reason: part.Reason, Kind: IgnoredField})
+	}
+	f.addFields(document.Fields)
 	return f, nil
 }
 

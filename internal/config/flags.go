@@ -2,8 +2,6 @@ package config
 
 import (
 	"cmp"
-	"context"
-	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -66,7 +64,8 @@ const (
 	ignoredFeatureGates  = "Fairlead has no feature gates"
 	ignoredHiddenMetrics = "Fairlead has no hidden metrics"
 	ignoredConfigSync    = "Fairlead watches for changes and has nothing to refresh"
-	ignoredLogging       = "Fairlead writes log lines to standard error without buffering"
+	ignoredLogging       = "Fairlead writes each log line to standard error at once"
+	ignoredVModule       = "Fairlead has one log level for all source files: use --log-level"
 	ignoredWindows       = "it applies only to Windows"
 )
 
@@ -236,9 +235,10 @@ func ignoredSettings() []setting {
 		{ignoredOOM, map[string]kind{"oom-score-adj": kindInt}},
 		{ignoredFeatureGates, map[string]kind{"feature-gates": kindList}},
 		{ignoredHiddenMetrics, map[string]kind{"show-hidden-metrics-for-version": kindString}},
+		{ignoredVModule, map[string]kind{"vmodule": kindList}},
 		{ignoredConfigSync, map[string]kind{"config-sync-period": kindDuration}},
 		{ignoredLogging, map[string]kind{
-			"log-flush-frequency": kindDuration, "vmodule": kindList,
+			"log-flush-frequency":   kindDuration,
 			"log-text-split-stream": kindBool, "log-text-info-buffer-size": kindString,
 			"log-json-split-stream": kindBool, "log-json-info-buffer-size": kindString,
 		}},
@@ -315,25 +315,6 @@ type input struct {
 	labels map[string]string
 	// warnings are problems of the input that do not prevent its use.
 	warnings []Warning
-}
-
-// Warning describes a setting that has no effect or is deprecated.
-type Warning struct {
-	// Setting names the flag or field. Reason explains why it has no effect; for a
-	// Deprecated setting, it says what to use instead.
-	Setting, Reason string
-	Deprecated      bool
-}
-
-// LogWarnings logs c.Warnings.
-func (c Config) LogWarnings(ctx context.Context, log *slog.Logger) {
-	for _, n := range c.Warnings {
-		if n.Deprecated {
-			log.WarnContext(ctx, "a setting is deprecated", "setting", n.Setting, "instead", n.Reason)
-			continue
-		}
-		log.WarnContext(ctx, "a setting has no effect", "setting", n.Setting, "reason", n.Reason)
-	}
 }
 
 // label names the flag or field that a setting comes from, for messages.
