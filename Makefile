@@ -84,6 +84,11 @@ RUN ?= .
 .PHONY: e2e
 e2e: deps controlplane kube-proxy ## run end-to-end tests with a real Kubernetes control plane (root); RUN=regexp
 	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
+	$(if $(filter .,$(RUN)),@$(MAKE) --no-print-directory test-monitoring)
+
+.PHONY: test-monitoring
+test-monitoring: deps kube-proxy ## compare metrics and HTTP endpoints with kube-proxy's (root)
+	cd test/monitoring && go vet ./... && go test -count=1 -timeout=10m ./...
 
 # Virtual machines: Debian kernels, packages to test, timeout of go test, and QEMU accelerator.
 # ACCEL=kvm is much faster than emulation where it is available. Tests and benchmarks that
@@ -183,6 +188,7 @@ lint: ## run golangci-lint and the prose linter, and check that go.mod is tidy
 	$(LINT) run ./...
 	$(VALE) --output=line --glob='!{.cache,bin}/**' .
 	go mod tidy -diff
+	cd test/monitoring && go mod tidy -diff
 
 # Commit to compare the API with: make apidiff BASE=main
 BASE ?= HEAD^

@@ -55,7 +55,9 @@ func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setCl
 	if c.InitOnly {
 		return b.Prepare(ctx, backend.Options{Logger: log, Values: c.Values})
 	}
-	options := agent.Options{Config: c, Backend: b, Version: version, Logger: log, LogLevel: level}
+	options := agent.Options{
+		Config: c, Backend: b, Version: version, KubernetesVersion: kubernetesVersion(), ProcessMetrics: processMetrics(), Logger: log, LogLevel: level,
+	}
 	if content != nil {
 		options.File = &agent.ConfigFile{Flags: flags, Content: content}
 	}

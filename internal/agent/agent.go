@@ -13,6 +13,7 @@ import (
 	stdsync "sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"fairlead.io/fairlead/dataplane"
@@ -39,6 +40,10 @@ type Options struct {
 	Backend backend.Backend
 	// Version appears in the log, in metrics and in messages of other instances.
 	Version string
+	// KubernetesVersion is the release of kube-proxy that the agent corresponds to.
+	KubernetesVersion string
+	// ProcessMetrics returns the metrics of the process, see [metrics.Options].
+	ProcessMetrics prometheus.Gatherer
 
 	// Source delivers the objects. SourceName names it in the log.
 	Source     Source
@@ -175,7 +180,7 @@ func New(o Options) (*Agent, error) {
 // newMetrics returns the Metrics of the components created so far.
 func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 	options := metrics.Options{
-		Version: a.version, Mode: a.config.Mode, Status: a.pipeline.Syncer.Status, RelayStats: a.relay.Stats,
+		Version: a.version, Mode: a.config.Mode, KubernetesVersion: o.KubernetesVersion, Process: o.ProcessMetrics, Status: a.pipeline.Syncer.Status, RelayStats: a.relay.Stats,
 		ServerStats: a.limiters.stats, Standby: a.standby.isStandby, WaitingInstances: a.standby.waitingInstances,
 		APIResources: o.APIResources,
 	}

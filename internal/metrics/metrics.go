@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"fairlead.io/fairlead/dataplane"
@@ -32,6 +31,12 @@ import (
 type Options struct {
 	// Version and Mode are labels of the build info metric.
 	Version, Mode string
+	// KubernetesVersion is the release of kube-proxy that the agent corresponds to, such as
+	// v1.37.2.
+	KubernetesVersion string
+	// Process returns the metrics of the process: the Go runtime, the API client and feature
+	// gates. Nil means none.
+	Process prometheus.Gatherer
 	// Status returns the status of the syncer. [Metrics] also calls it when objects arrive
 	// and when a commit ends.
 	Status func() sync.Status
@@ -123,18 +128,14 @@ const (
 // ipFamilies returns the values of kube-proxy's ip_family label.
 func ipFamilies() []dataplane.Family { return []dataplane.Family{dataplane.IPv4, dataplane.IPv6} }
 
-// New returns Metrics with a new registry, which includes the metrics of the Go runtime and of
-// the process.
+// New returns Metrics with a new registry.
 func New(options Options) *Metrics {
 	m := &Metrics{
 		options: options, registry: prometheus.NewRegistry(), started: time.Now(),
 		triggers:         map[service][]trigger{},
 		noLocalEndpoints: map[trafficPolicy]map[dataplane.Key]int{internal: {}, external: {}},
 	}
-	m.registry.MustRegister(
-		collectors.NewGoCollector(),
-		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-	)
+	m.addKubernetes()
 	m.addKubeProxy()
 	m.addFairlead()
 	m.registry.MustRegister(&statusCollector{m})
@@ -164,7 +165,7 @@ func (m *Metrics) addKubeProxy() {
 		"Duration of commits to the kernel that compared all Services.", syncBuckets, "ip_family")
 	m.partialSyncDuration = m.histogram(kubeProxy, "sync_partial_proxy_rules_duration_seconds",
 		"Duration of commits to the kernel that wrote only changes.", syncBuckets, "ip_family")
-	var buckets []float64
+	buckets := []float64{0}
 	buckets = append(buckets, prometheus.LinearBuckets(0.25, 0.25, 2)...)
 	buckets = append(buckets, prometheus.LinearBuckets(1, 1, 59)...)
 	buckets = append(buckets, prometheus.LinearBuckets(60, 5, 12)...)
@@ -178,6 +179,8 @@ func (m *Metrics) addKubeProxy() {
 		"Time when the last change was queued.", "ip_family")
 	m.syncFailures = m.counters(kubeProxy, "sync_proxy_rules_nftables_sync_failures_total",
 		"Commits to the kernel that failed completely or partly.", "ip_family")
+	cleanupFailures := m.counters(kubeProxy, "sync_proxy_rules_nftables_cleanup_failures_total",
+		"Always 0, because Fairlead deletes stale rules in the same commit; see sync_proxy_rules_nftables_sync_failures_total.", "ip_family")
 	m.serviceChanges = m.newChangeCounter("service", "Services")
 	m.endpointChanges = m.newChangeCounter("endpoint", "EndpointSlices")
 	m.healthz = m.counters(kubeProxy, "proxy_healthz_total", "Responses of /healthz by HTTP status.", "code")
@@ -188,6 +191,7 @@ func (m *Metrics) addKubeProxy() {
 		"Conntrack entries deleted because they directed clients to removed endpoints.", "ip_family")
 	for _, f := range ipFamilies() { // export zero values from the start
 		m.syncFailures.WithLabelValues(f.String())
+		cleanupFailures.WithLabelValues(f.String())
 		m.conntrackDeleted.WithLabelValues(f.String())
 		for _, h := range []*prometheus.HistogramVec{m.syncDuration, m.fullSyncDuration, m.partialSyncDuration, m.programmingLatency, m.conntrackDuration} {
 			h.WithLabelValues(f.String())
@@ -259,7 +263,11 @@ func (m *Metrics) newChangeCounter(name, objects string) changeCounter {
 
 // Handler returns the HTTP handler for scrapes.
 func (m *Metrics) Handler() http.Handler {
-	return promhttp.InstrumentMetricHandler(m.registry, promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	gatherers := prometheus.Gatherers{m.registry}
+	if m.options.Process != nil {
+		gatherers = append(gatherers, m.options.Process)
+	}
+	return promhttp.InstrumentMetricHandler(m.registry, promhttp.HandlerFor(gatherers, promhttp.HandlerOpts{ProcessStartTime: m.started}))
 }
 
 // RecordObjectChanges counts added, changed or deleted Services and EndpointSlices.

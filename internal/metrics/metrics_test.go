@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/metrics"
@@ -109,22 +110,24 @@ func TestCommits(t *testing.T) {
 			`fairlead_first_service_programmed_seconds`:                              "0.5",
 			`fairlead_last_service_programmed_seconds`:                               "1.5",
 
-			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:         "5",
-			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:           "10",
-			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:         "4",
-			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:           "8",
-			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:    "3",
-			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:      "6",
-			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:    "3",
-			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:      "6",
-			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv4"}`: "2",
-			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:   "4",
-			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv6"}`: "1",
-			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:   "2",
-			`kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family="IPv4"}`:   "2",
-			`kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family="IPv6"}`:   "1",
-			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"}`:         last,
-			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv6"}`:         last,
+			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:          "5",
+			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:            "10",
+			`kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:          "4",
+			`kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:            "8",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:     "3",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:       "6",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:     "3",
+			`kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:       "6",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv4"}`:  "2",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv4"}`:    "4",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv6"}`:  "1",
+			`kubeproxy_sync_partial_proxy_rules_duration_seconds_sum{ip_family="IPv6"}`:    "2",
+			`kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total{ip_family="IPv4"}`: "0",
+			`kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total{ip_family="IPv6"}`: "0",
+			`kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family="IPv4"}`:    "2",
+			`kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family="IPv6"}`:    "1",
+			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"}`:          last,
+			`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv6"}`:          last,
 		}
 		got := statusCollector(t, m, "fairlead_commit", "fairlead_change_", "fairlead_first", "fairlead_last", "kubeproxy_sync_proxy_rules_d",
 			"kubeproxy_sync_full", "kubeproxy_sync_partial", "kubeproxy_sync_proxy_rules_nft", "kubeproxy_sync_proxy_rules_last_t")
@@ -421,17 +424,25 @@ func TestCounters(t *testing.T) {
 	}
 }
 
-// TestSeparateRegistries checks that two Metrics in one process are independent, and that both
-// export the metrics of the runtime and the process.
+// TestSeparateRegistries checks that two Metrics in one process are independent, and that the
+// metrics of the process are exported as well.
 func TestSeparateRegistries(t *testing.T) {
 	t.Parallel()
-	a, b := metrics.New(metrics.Options{Status: noStatus}), metrics.New(metrics.Options{Status: noStatus})
+	process := prometheus.NewRegistry()
+	process.MustRegister(prometheus.NewGauge(prometheus.GaugeOpts{Name: "process_open_fds"}))
+	a := metrics.New(metrics.Options{Status: noStatus, Process: process, KubernetesVersion: "v1.37.2"})
+	b := metrics.New(metrics.Options{Status: noStatus})
 	a.RecordProblem()
 	if got := statusCollector(t, b, "fairlead_service_problems_total"); !maps.Equal(got, map[string]string{"fairlead_service_problems_total": "0"}) {
 		t.Errorf("metrics of b after a problem in a: %v", got)
 	}
-	if got := statusCollector(t, a, "go_goroutines", "process_resident_memory_bytes"); len(got) != 2 {
-		t.Errorf("metrics of the runtime and the process: %v", got)
+	if got := statusCollector(t, a, "process_open_fds"); len(got) != 1 {
+		t.Errorf("metrics of the process: %v", got)
+	}
+	for name := range statusCollector(t, a, "kubernetes_build_info") {
+		if !strings.Contains(name, `git_version="v1.37.2"`) || !strings.Contains(name, `major="1",minor="37"`) {
+			t.Errorf("build info %s", name)
+		}
 	}
 }
 
