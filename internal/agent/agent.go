@@ -221,6 +221,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.serveDNS(ctx, group); err != nil {
 		return err
 	}
+	a.reportReplacedMode(a.config)
 	watchOthers := a.detectOtherProxies(ctx)
 	group.Go(func() error { return watchOthers(ctx) })
 	// Start the source after the node's addresses are known, so that the first commit

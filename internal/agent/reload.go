@@ -15,8 +15,16 @@ func (a *Agent) applyConfig(ctx context.Context, next config.Config) {
 		a.log.WarnContext(ctx, "configuration change needs a restart to take effect", "what", what)
 	}
 	a.logLevel.Set(next.LogLevel)
+	a.reportReplacedMode(next)
 	a.dispatcher.configure(trackerOptions(a.backend, next.Tracker))
 	a.log.InfoContext(ctx, "configuration file reloaded")
+}
+
+// reportReplacedMode writes an Event if the configuration asks for kube-proxy's iptables mode.
+func (a *Agent) reportReplacedMode(c config.Config) {
+	if notice := c.IPTablesNotice(); notice != "" {
+		a.dispatcher.events.ModeReplaced(notice)
+	}
 }
 
 // trackerOptions adds the options that depend on the backend: kube-proxy's default for the

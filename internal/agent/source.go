@@ -22,6 +22,9 @@ type Events interface {
 	HealthCheckFailed(namespace, name string, port uint16, err error)
 	OtherProxy(rules, effect, remove string)
 	TableRebuilt(table, reason string)
+	// ModeReplaced reports that another mode of kube-proxy is configured than the one that
+	// Fairlead runs in.
+	ModeReplaced(notice string)
 }
 
 var _ Events = NoEvents{}
@@ -52,3 +55,6 @@ func (NoEvents) OtherProxy(string, string, string) {}
 
 // TableRebuilt implements Events.
 func (NoEvents) TableRebuilt(string, string) {}
+
+// ModeReplaced implements Events.
+func (NoEvents) ModeReplaced(string) {}

@@ -31,9 +31,16 @@ type Config struct {
 	Warnings []Warning
 
 	// Mode is the name of the backend, and Values holds the values of its flags.
-	Mode     string
-	Values   backend.Values
-	InitOnly bool
+	Mode   string
+	Values backend.Values
+	// ProxyMode is the mode of kube-proxy whose defaults apply: nftables, iptables or ipvs. It
+	// is empty if kube-proxy has no mode like the backend. A change needs no restart unless
+	// Mode changes, too.
+	ProxyMode string
+	// ModeSetting names the kube-proxy flag or field that sets ProxyMode. It is empty without
+	// one.
+	ModeSetting string
+	InitOnly    bool
 	// Manifests is the folder of manifests, empty if the source is the Kubernetes API.
 	Manifests     string
 	ServiceCIDRs  []netip.Prefix
@@ -169,7 +176,7 @@ func splitList(list string) iter.Seq[string] {
 func parse(in input) (Config, error) {
 	p := &parser{input: in}
 	c := Config{Warnings: in.warnings}
-	b := p.backend()
+	b := p.backend(&c)
 	c.Mode, c.Values = b.Name, p.backendValues(b)
 	c.InitOnly = p.boolean("init-only")
 	p.setSource(&c)
@@ -183,7 +190,7 @@ func parse(in input) (Config, error) {
 		BindAddress:       bind,
 		MasqueradeAll:     p.boolean("masquerade-all"),
 		DetectLocal:       p.detectLocal(&c),
-		NodePortAddresses: p.nodePortAddresses(c.Manifests != ""),
+		NodePortAddresses: p.nodePortAddresses(c),
 		PingServiceIPs:    p.boolean("ping-service-ips"),
 	}
 	wildcard, loopback := "0.0.0.0", "127.0.0.1"
@@ -207,27 +214,6 @@ func parse(in input) (Config, error) {
 func isLoopback(address string) bool {
 	a, err := netip.ParseAddrPort(address)
 	return err == nil && a.Addr().IsLoopback()
-}
-
-// backend returns the backend named by --mode or --proxy-mode.
-func (p *parser) backend() backend.Backend {
-	mode, modeSet := p.values["mode"]
-	proxyMode, proxyModeSet := p.values["proxy-mode"]
-	b, known := backend.ByKubeProxyName(proxyMode)
-	switch {
-	case !proxyModeSet:
-	case !known:
-		p.fail("proxy-mode", "unknown mode %q: use %s", proxyMode, strings.Join(backend.KubeProxyNames(), " or "))
-	case modeSet && mode != b.Name:
-		p.fail("proxy-mode", "%q conflicts with --mode=%s: set one of them", proxyMode, mode)
-	default:
-		return b
-	}
-	b, err := backend.ByName(p.text("mode"))
-	if err != nil {
-		p.errs = append(p.errs, err)
-	}
-	return b
 }
 
 // backendValues returns the values of the backend's flags, nil if the backend has no flags.
@@ -423,14 +409,17 @@ func (p *parser) bindAddress() netip.Addr {
 }
 
 // nodePortAddresses returns the addresses that node ports are served on.
-func (p *parser) nodePortAddresses(manifests bool) kube.NodePortAddresses {
+func (p *parser) nodePortAddresses(c Config) kube.NodePortAddresses {
 	const name = "nodeport-addresses"
-	if p.text(name) == "" && manifests {
-		return kube.NodePortAddresses{All: true} // no Node object provides primary addresses
-	}
 	a, err := kube.ParseNodePortAddresses(slices.Collect(splitList(p.text(name))))
 	if err != nil {
 		p.fail(name, "%w", err)
+	}
+	switch {
+	case c.ProxyMode == proxyModeIPTables:
+		return iptablesNodePortAddresses(a, p.boolean(localhostNodePorts))
+	case a.IsZero() && c.Manifests != "":
+		return kube.NodePortAddresses{All: true} // no Node object provides primary addresses
 	}
 	return a
 }
@@ -496,6 +485,9 @@ func (p *parser) warnIgnored(c *Config) {
 	for _, s := range settings() {
 		value, ok := p.values[s.name]
 		why := s.ignoredIn(c.Mode)
+		if s.onlyMode == proxyModeIPTables {
+			why = s.ignoredIn(c.ProxyMode)
+		}
 		if !ok || why == "" {
 			continue
 		}

@@ -40,6 +40,7 @@ func fieldFlags() map[string]string {
 		"enableProfiling":                     "profiling",
 		"mode":                                "proxy-mode",
 		"iptables.masqueradeAll":              "masquerade-all",
+		"iptables.localhostNodePorts":         localhostNodePorts,
 		"nftables.masqueradeAll":              "masquerade-all",
 		"detectLocalMode":                     "detect-local-mode",
 		"detectLocal.bridgeInterface":         "pod-bridge-interface",
@@ -63,8 +64,6 @@ func ignoredFieldReason(field string) string {
 		return ignoredSync
 	case field == "logging.vmodule":
 		return ignoredVModule
-	case field == "iptables.localhostNodePorts":
-		return ignoredLocalhost
 	case field == "nftables.masqueradeAll":
 		return ignoredNFTables
 	case section == "nftables":
@@ -78,20 +77,21 @@ func ignoredFieldReason(field string) string {
 	}[section], "Fairlead does not support it")
 }
 
-// readConfigFile reads a configuration file. Errors name the file and, if possible, the field.
-func readConfigFile(path string) (configFile, error) {
+// readConfigFile reads a configuration file. mode is the value of --mode. Errors name the file
+// and, if possible, the field.
+func readConfigFile(path, mode string) (configFile, error) {
 	content, err := os.ReadFile(path)
 	if err != nil {
 		return configFile{}, fmt.Errorf("--config: %w", err)
 	}
-	f, err := parseConfigFile(content)
+	f, err := parseConfigFile(content, mode)
 	if err != nil {
 		return configFile{}, fmt.Errorf("--config: %s: %w", path, err)
 	}
 	return f, nil
 }
 
-func parseConfigFile(content []byte) (configFile, error) {
+func parseConfigFile(content []byte, mode string) (configFile, error) {
 	document, err := proxyconfig.Decode(content)
 	if err != nil {
 		return configFile{}, err
@@ -100,7 +100,7 @@ func parseConfigFile(content []byte) (configFile, error) {
 	for _, part := range document.Ignored {
 		f.warnings = append(f.warnings, Warning{Setting: part.Name, Reason: part.Reason, Kind: IgnoredField})
 	}
-	f.addFields(document.Fields)
+	f.addFields(document.Fields, effectiveProxyMode(mode, document.Fields["mode"]))
 	return f, nil
 }
 
@@ -108,15 +108,13 @@ func parseConfigFile(content []byte) (configFile, error) {
 func (f configFile) label(flag string) string { return "--config: " + f.fieldByFlag[flag] }
 
 // addFields stores the fields that have an equivalent flag, and adds a warning for each
-// field without effect.
-func (f *configFile) addFields(fields map[string]string) {
+// field without effect in kube-proxy's mode.
+func (f *configFile) addFields(fields map[string]string, proxyMode string) {
 	flags := fieldFlags()
-	// kube-proxy's nftables mode reads nftables.masqueradeAll, its ipvs mode reads
-	// iptables.masqueradeAll. A file without a mode may set either.
-	switch fields["mode"] {
+	switch proxyMode {
 	case "nftables":
 		delete(flags, "iptables.masqueradeAll")
-	case "ipvs":
+	case proxyModeIPTables, "ipvs":
 		delete(flags, "nftables.masqueradeAll")
 	}
 	for _, field := range slices.Sorted(maps.Keys(fields)) {

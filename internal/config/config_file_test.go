@@ -45,13 +45,26 @@ func writeConfigFile(t *testing.T, text string) string {
 // defaultConfig returns the configuration with only --hostname-override=node set.
 func defaultConfig() Config {
 	return Config{
-		Mode: backend.NFT, ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", LogFormat: "text",
+		Mode: backend.NFT, ProxyMode: "nftables", ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", LogFormat: "text",
 		API:          APIServer{Label: "--kubeconfig", QPS: 5, Burst: 10, BatchPeriod: 50 * time.Millisecond, MassRemovalDelay: time.Minute},
 		GiveWayAfter: time.Minute,
 		Tracker: kube.Options{
 			ProtectLoopback: true,
 			NodeName:        "node", DetectLocal: kube.DetectLocal{Mode: kube.DetectByClusterCIDR},
 		},
+	}
+}
+
+// iptablesAddresses is the default of --nodeport-addresses in kube-proxy's iptables mode.
+func iptablesAddresses() kube.NodePortAddresses {
+	return kube.NodePortAddresses{All: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}}
+}
+
+// setFileMode changes the expected configuration from a file without a mode to one with a mode.
+func setFileMode(c *Config, proxyMode string) {
+	c.ProxyMode, c.ModeSetting, c.Tracker.NodePortAddresses = proxyMode, "--config: mode", kube.NodePortAddresses{}
+	if proxyMode == "ipvs" {
+		c.Mode = backend.IPVS
 	}
 }
 
@@ -146,8 +159,37 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{"pings", []string{"--ping-service-ips"}, func(c *Config) { c.Tracker.PingServiceIPs = true }},
-		{"ipvs mode", []string{"--mode=ipvs"}, func(c *Config) { c.Mode, c.Values = backend.IPVS, ipvsValues(nil) }},
-		{"ipvs mode by kube-proxy's flag", []string{"--proxy-mode=ipvs"}, func(c *Config) { c.Mode, c.Values = backend.IPVS, ipvsValues(nil) }},
+		{"ipvs mode", []string{"--mode=ipvs"}, func(c *Config) { c.Mode, c.ProxyMode, c.Values = backend.IPVS, "ipvs", ipvsValues(nil) }},
+		{"ipvs mode by kube-proxy's flag", []string{"--proxy-mode=ipvs"}, func(c *Config) {
+			c.Mode, c.ProxyMode, c.ModeSetting, c.Values = backend.IPVS, "ipvs", "--proxy-mode", ipvsValues(nil)
+		}},
+		{"iptables mode", []string{"--proxy-mode=iptables"}, func(c *Config) {
+			c.ProxyMode, c.ModeSetting, c.Tracker.NodePortAddresses = "iptables", "--proxy-mode", iptablesAddresses()
+		}},
+		{"iptables mode and its backend", []string{"--proxy-mode=iptables", "--mode=nft"}, func(c *Config) {
+			c.ProxyMode, c.ModeSetting, c.Tracker.NodePortAddresses = "iptables", "--proxy-mode", iptablesAddresses()
+		}},
+		{"iptables mode without node ports on localhost", []string{"--proxy-mode=iptables", "--iptables-localhost-nodeports=false"}, func(c *Config) {
+			c.ProxyMode, c.ModeSetting, c.Tracker.NodePortAddresses = "iptables", "--proxy-mode", kube.NodePortAddresses{All: true}
+		}},
+		{"iptables mode with all addresses", []string{"--proxy-mode=iptables", "--nodeport-addresses=0.0.0.0/0,::/0"}, func(c *Config) {
+			c.ProxyMode, c.ModeSetting = "iptables", "--proxy-mode"
+			c.Tracker.NodePortAddresses.CIDRs = []netip.Prefix{
+				netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0"), netip.MustParsePrefix("127.0.0.0/8"),
+			}
+		}},
+		{"iptables mode with one network", []string{"--proxy-mode=iptables", "--nodeport-addresses=192.0.2.0/24"}, func(c *Config) {
+			c.ProxyMode, c.ModeSetting = "iptables", "--proxy-mode"
+			c.Tracker.NodePortAddresses.CIDRs = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
+		}},
+		{"iptables mode with localhost", []string{"--proxy-mode=iptables", "--nodeport-addresses=primary,localhost,::1/128"}, func(c *Config) {
+			c.ProxyMode, c.ModeSetting = "iptables", "--proxy-mode"
+			c.Tracker.NodePortAddresses = kube.NodePortAddresses{Primary: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}}
+		}},
+		{"iptables mode without any address", []string{"--proxy-mode=iptables", "--nodeport-addresses=localhost", "--iptables-localhost-nodeports=false"}, func(c *Config) {
+			c.ProxyMode, c.ModeSetting = "iptables", "--proxy-mode"
+			c.Tracker.NodePortAddresses.CIDRs = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/32")}
+		}},
 		{
 			"all IPVS settings",
 			[]string{
@@ -155,7 +197,7 @@ func TestFlags(t *testing.T) {
 				"--ipvs-strict-arp", "--ipvs-tcp-timeout=15m", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m30s",
 			},
 			func(c *Config) {
-				c.Mode = backend.IPVS
+				c.Mode, c.ProxyMode = backend.IPVS, "ipvs"
 				c.Values = backend.Values{
 					"ipvs-scheduler": "mh", "ipvs-strict-arp": true,
 					"ipvs-tcp-timeout": 15 * time.Minute, "ipvs-tcpfin-timeout": 30 * time.Second, "ipvs-udp-timeout": 90 * time.Second,
@@ -169,14 +211,14 @@ func TestFlags(t *testing.T) {
 			"longest IPVS timeout and none",
 			[]string{"--mode=ipvs", "--ipvs-tcp-timeout=2147483s", "--ipvs-udp-timeout=0"},
 			func(c *Config) {
-				c.Mode, c.Values = backend.IPVS, ipvsValues(backend.Values{"ipvs-tcp-timeout": 2147483 * time.Second})
+				c.Mode, c.ProxyMode, c.Values = backend.IPVS, "ipvs", ipvsValues(backend.Values{"ipvs-tcp-timeout": 2147483 * time.Second})
 			},
 		},
 		{
 			"sync periods of kube-proxy's ipvs mode",
 			[]string{"--mode=ipvs", "--ipvs-sync-period=30s", "--ipvs-min-sync-period=0s"},
 			func(c *Config) {
-				c.Mode, c.Values = backend.IPVS, ipvsValues(nil)
+				c.Mode, c.ProxyMode, c.Values = backend.IPVS, "ipvs", ipvsValues(nil)
 				c.Warnings = []Warning{{"--ipvs-min-sync-period", ignoredSync, NoEffect}, {"--ipvs-sync-period", ignoredSync, NoEffect}}
 			},
 		},
@@ -190,7 +232,9 @@ func TestFlags(t *testing.T) {
 		{
 			"kube-proxy's flag for localhost node ports",
 			[]string{"--iptables-localhost-nodeports=false"},
-			func(c *Config) { c.Warnings = []Warning{{"--iptables-localhost-nodeports", ignoredLocalhost, NoEffect}} },
+			func(c *Config) {
+				c.Warnings = []Warning{{"--iptables-localhost-nodeports", ignoredLocalhost, NoEffect}}
+			},
 		},
 		{
 			"underscores",
@@ -323,6 +367,7 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 					},
 					NodePortAddresses: kube.NodePortAddresses{Primary: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}},
 				}
+				c.ProxyMode, c.ModeSetting = "nftables", "--config: mode"
 			},
 		},
 		{
@@ -331,7 +376,10 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 		},
 		{
 			"iptables.masqueradeAll in nftables mode", configHeader + "mode: nftables\niptables: {masqueradeAll: true}\n", nil,
-			func(c *Config) { c.Warnings = []Warning{{"--config: iptables.masqueradeAll", ignoredIPTables, NoEffect}} },
+			func(c *Config) {
+				setFileMode(c, "nftables")
+				c.Warnings = []Warning{{"--config: iptables.masqueradeAll", ignoredIPTables, NoEffect}}
+			},
 		},
 		{
 			"fields without effect",
@@ -356,7 +404,8 @@ nftables: {masqueradeAll: true}
 ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 15m0s, tcpFinTimeout: 30s, udpTimeout: 1m0s, syncPeriod: 30s}
 `, nil,
 			func(c *Config) {
-				c.Mode, c.Tracker.MasqueradeAll = backend.IPVS, true
+				setFileMode(c, "ipvs")
+				c.Tracker.MasqueradeAll = true
 				c.Values = backend.Values{
 					"ipvs-scheduler": "lc", "ipvs-exclude-cidrs": []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, "ipvs-strict-arp": true,
 					"ipvs-tcp-timeout": 15 * time.Minute, "ipvs-tcpfin-timeout": 30 * time.Second, "ipvs-udp-timeout": time.Minute,
@@ -368,13 +417,15 @@ ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1
 			"mode by flag, empty in the file", configHeader + "mode: ''\nipvs: {scheduler: sh}\n",
 			[]string{"--mode=ipvs", "--ipvs-scheduler=lc"},
 			func(c *Config) {
-				c.Mode, c.Values = backend.IPVS, ipvsValues(backend.Values{"ipvs-scheduler": "sh"})
+				c.Mode, c.ProxyMode, c.Values = backend.IPVS, "ipvs", ipvsValues(backend.Values{"ipvs-scheduler": "sh"})
+				c.Tracker.NodePortAddresses = kube.NodePortAddresses{}
 				c.Warnings = []Warning{{"--ipvs-scheduler", "--config is set: set it in the file", NoEffect}}
 			},
 		},
 		{
-			"iptables.localhostNodePorts", configHeader + "iptables: {localhostNodePorts: true}\n", nil,
+			"iptables.localhostNodePorts in mode nftables", configHeader + "mode: nftables\niptables: {localhostNodePorts: true}\n", nil,
 			func(c *Config) {
+				setFileMode(c, "nftables")
 				c.Warnings = []Warning{{"--config: iptables.localhostNodePorts", ignoredLocalhost, NoEffect}}
 			},
 		},
@@ -391,7 +442,10 @@ ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1
 		{
 			"flags that override the file", configHeader + "hostnameOverride: other\nlogging: {verbosity: 9}\nmode: nftables\n",
 			[]string{"--v=1", "--master=https://m", "--mode=nft"},
-			func(c *Config) { c.API.Master = "https://m" },
+			func(c *Config) {
+				setFileMode(c, "nftables")
+				c.API.Master = "https://m"
+			},
 		},
 		{
 			"flags that the file overrides", configHeader + "clusterCIDR: 10.244.0.0/16\n",
@@ -406,7 +460,7 @@ ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1
 			"manifests", configHeader,
 			[]string{"--manifests=m", "--service-cidr=10.0.0.0/16"},
 			func(c *Config) {
-				c.Manifests, c.Tracker.NodePortAddresses = "m", kube.NodePortAddresses{All: true}
+				c.Manifests = "m"
 				c.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16")}
 			},
 		},
@@ -419,6 +473,7 @@ ipvs: {scheduler: lc, excludeCIDRs: [10.0.0.0/8], strictARP: true, tcpTimeout: 1
 				t.Fatal(err)
 			}
 			want := defaultConfig()
+			want.ProxyMode, want.Tracker.NodePortAddresses = "iptables", iptablesAddresses() // the default of kube-proxy
 			test.want(&want)
 			want.API.Label = "--config: clientConnection.kubeconfig"
 			if diff := diffConfigs(want, got); diff != "" {
@@ -442,8 +497,8 @@ func TestInvalidConfigFile(t *testing.T) {
 			"--config: FILE: json: cannot unmarshal string into Go struct field KubeProxyConfiguration.oomScoreAdj of type int32",
 		},
 		{
-			"wrong values", configHeader + "clusterCIDR: pods\nmode: iptables\nhealthzBindAddress: here\n",
-			`--config: mode: unknown mode "iptables": use nftables or ipvs` +
+			"wrong values", configHeader + "clusterCIDR: pods\nmode: userspace\nhealthzBindAddress: here\n",
+			`--config: mode: unknown mode "userspace": use nftables, ipvs, iptables` +
 				` --config: clusterCIDR: "pods" is not a network: write it as 10.96.0.0/12 or fd00:96::/112` +
 				` --config: healthzBindAddress: "here" is not an address with a port: write it as 127.0.0.1:10256 or [::1]:10256`,
 		},

@@ -19,7 +19,7 @@ func FuzzConfigFile(f *testing.F) {
 		f.Add([]byte(text))
 	}
 	f.Fuzz(func(t *testing.T, content []byte) {
-		file, err := parseConfigFile(content)
+		file, err := parseConfigFile(content, "")
 		if err != nil {
 			if strings.TrimSpace(err.Error()) == "" {
 				t.Error("the error has no text")

@@ -34,7 +34,8 @@ type setting struct {
 	// onlyMode. The flag is accepted with a warning, so that command lines of kube-proxy
 	// work unchanged.
 	ignoredReason string
-	// onlyMode is the mode that a kube-proxy flag applies to.
+	// onlyMode is the value of --mode, or kube-proxy's mode iptables, that a kube-proxy flag
+	// applies to.
 	onlyMode string
 	// alternative tells the user what to do instead of setting a kube-proxy flag that
 	// Fairlead rejects.
@@ -56,7 +57,7 @@ const (
 // Reasons why kube-proxy flags have no effect.
 const (
 	ignoredIPTables      = "it applies only to kube-proxy's iptables mode"
-	ignoredLocalhost     = ignoredIPTables + ": to serve TCP node ports on 127.0.0.1 and ::1, add localhost to --nodeport-addresses (nodePortAddresses)"
+	ignoredLocalhost     = ignoredIPTables + ". To serve TCP node ports on 127.0.0.1 and ::1, add localhost to --nodeport-addresses (nodePortAddresses)"
 	ignoredNFTables      = "it applies only to kube-proxy's nftables mode"
 	ignoredSync          = "Fairlead programs changes as they arrive instead of periodically; use --batch-period to batch them"
 	ignoredConntrack     = "Fairlead does not configure connection tracking: use sysctl"
@@ -90,8 +91,8 @@ func settings() []setting {
 			usage: "kernel backend to program: nft or ipvs",
 		},
 		{
-			name: "proxy-mode", kind: kindString, completions: backend.KubeProxyNames(),
-			usage: "kube-proxy's name for --mode: nftables (nft) or ipvs",
+			name: "proxy-mode", kind: kindString, completions: proxyModes(),
+			usage: "kube-proxy's name for --mode: nftables (nft), ipvs, or iptables (nft, with the iptables mode's default for --nodeport-addresses)",
 		},
 		{
 			name: "config", kind: kindString, fairleadOnly: true, isFile: true,
@@ -158,7 +159,7 @@ func settings() []setting {
 		{
 			name: "nodeport-addresses", kind: kindList, completions: []string{"primary", "localhost", "all"},
 			usage: "addresses of this node to serve node ports on: networks, primary (addresses of the Node object), " +
-				"localhost (TCP only, relayed) or all (except localhost). Empty: primary; with --mode=ipvs or --manifests: all",
+				"localhost (TCP only, relayed) or all (except localhost). Empty: primary; with --mode=ipvs, --proxy-mode=iptables or --manifests: all",
 		},
 		{
 			name: "ping-service-ips", kind: kindBool, defaultValue: "false", fairleadOnly: true,
@@ -192,6 +193,10 @@ func settings() []setting {
 		{name: "log-level", kind: kindString, overridesFile: true, defaultValue: levelInfo, completions: levels(), usage: levelUsage},
 		{name: "log-format", kind: kindString, overridesFile: true, defaultValue: formatText, completions: formats(), usage: formatUsage},
 		{name: "v", short: "v", kind: kindInt, overridesFile: true, usage: "kube-proxy's alternative to --log-level: 4 and higher mean debug"},
+		{
+			name: localhostNodePorts, kind: kindBool, defaultValue: "true", onlyMode: proxyModeIPTables, ignoredReason: ignoredLocalhost,
+			usage: "with --proxy-mode=iptables, serve TCP node ports on 127.0.0.1, unless --nodeport-addresses excludes it",
+		},
 		{name: "cleanup", kind: kindBool, alternative: "run fairlead cleanup"},
 		{name: "write-config-to", kind: kindString, alternative: "remove it: Fairlead does not write files"},
 		{name: "logging-format", kind: kindString, overridesFile: true, completions: formats(), usage: "kube-proxy's name for --log-format"},
@@ -222,7 +227,6 @@ func ignoredSettings() []setting {
 		flags  map[string]kind
 	}{
 		{ignoredIPTables, map[string]kind{"iptables-masquerade-bit": kindInt}},
-		{ignoredLocalhost, map[string]kind{"iptables-localhost-nodeports": kindBool}},
 		{ignoredSync, map[string]kind{
 			"iptables-sync-period": kindDuration, "iptables-min-sync-period": kindDuration,
 			"ipvs-sync-period": kindDuration, "ipvs-min-sync-period": kindDuration,

@@ -22,7 +22,7 @@ func Load(flags Flags) (c Config, content []byte, err error) {
 		c, err = parse(fromFlags(flags))
 		return c, nil, err
 	}
-	file, err := readConfigFile(path)
+	file, err := readConfigFile(path, flags["mode"])
 	if err != nil {
 		// Report invalid flags together with the broken file.
 		_, flagsErr := parse(fromFlags(flags))

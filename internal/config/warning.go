@@ -41,8 +41,11 @@ func (k WarningKind) message() string {
 	return "settings have no effect"
 }
 
-// LogWarnings logs c.Warnings, in one line for each kind.
+// LogWarnings logs c.Warnings, in one line for each kind, and [Config.IPTablesNotice].
 func (c Config) LogWarnings(ctx context.Context, log *slog.Logger) {
+	if notice := c.IPTablesNotice(); notice != "" {
+		log.WarnContext(ctx, "kube-proxy's mode iptables is replaced", "notice", notice)
+	}
 	for _, kind := range []WarningKind{IgnoredField, NoEffect, Deprecated} {
 		if settings := c.warningText(kind); settings != "" {
 			log.WarnContext(ctx, kind.message(), "settings", settings)

@@ -39,3 +39,63 @@ func TestLogWarnings(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
+
+func TestIPTablesNotice(t *testing.T) {
+	t.Parallel()
+	const fix = ". Set nftables to serve them on the node's primary addresses only, or to hide this warning"
+	const all = ". Fairlead runs in mode nft with the defaults of the iptables mode: it serves node ports on all addresses of the node"
+	for _, test := range []struct {
+		name, file string // an empty file means no --config
+		args       []string
+		want       string
+	}{
+		{"no mode", "", nil, ""},
+		{"mode nftables", configHeader + "mode: nftables\n", nil, ""},
+		{"mode ipvs", configHeader + "mode: ipvs\n", nil, ""},
+		{"mode by flag", configHeader, []string{"--mode=nft"}, ""},
+		{"flag", "", []string{"--proxy-mode=iptables"}, "--proxy-mode is iptables" + all + ", and TCP node ports on 127.0.0.1" + fix},
+		{
+			"file without a mode", configHeader + "mode: ''\n", nil,
+			"no mode is set, which means iptables to kube-proxy" + all + ", and TCP node ports on 127.0.0.1" + fix,
+		},
+		{
+			"no node ports on localhost", configHeader + "mode: iptables\niptables: {localhostNodePorts: false}\n", nil,
+			"--config: mode is iptables" + all + ", but not on 127.0.0.1" + fix,
+		},
+		{
+			"one network", configHeader + "mode: iptables\nnodePortAddresses: [192.0.2.0/24]\n", nil,
+			"--config: mode is iptables. Fairlead runs in mode nft with the defaults of the iptables mode: " +
+				"it serves node ports on the addresses in nodePortAddresses (--nodeport-addresses), but not on 127.0.0.1" + fix,
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			args := append(test.args, "--hostname-override=node")
+			if test.file != "" {
+				args = append(args, "--config="+writeConfigFile(t, test.file))
+			}
+			c, _, err := Load(parseFlags(t, args...))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(test.want, c.IPTablesNotice()); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestKubeProxyDefaults checks that kube-proxy's default mode applies to flags, unless a mode is set.
+func TestKubeProxyDefaults(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ arg, want string }{
+		{"--v=0", "iptables"}, {"--proxy-mode=", "iptables"}, {"--proxy-mode=nftables", "nftables"}, {"--mode=nft", "nftables"}, {"--mode=ipvs", "ipvs"},
+	} {
+		flags := parseFlags(t, test.arg, "--hostname-override=node")
+		flags.UseKubeProxyDefaults()
+		c, _, err := Load(flags)
+		if err != nil || c.ProxyMode != test.want {
+			t.Errorf("%s: proxy mode %q, error %v, want %q", test.arg, c.ProxyMode, err, test.want)
+		}
+	}
+}

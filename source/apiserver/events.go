@@ -37,6 +37,9 @@ const (
 	ReasonStarting = "Starting"
 	// ReasonOtherProxy is for a Node that has rules of another Service proxy.
 	ReasonOtherProxy = "OtherServiceProxy"
+	// ReasonModeReplaced is for a Node whose configuration asks for a mode of kube-proxy that
+	// Fairlead replaces by another one.
+	ReasonModeReplaced = "ProxyModeReplaced"
 	// ReasonMassRemoval is for a Node that holds removals because a list from the API
 	// server lacks most objects, see [Options.MassRemovalDelay].
 	ReasonMassRemoval = "MassRemovalHeld"
@@ -203,6 +206,17 @@ func (e *Events) OtherProxy(rules, effect, remove string) {
 		note: fmt.Sprintf("this node has rules of %s. Fairlead's rules come first, but %s. Remove the rules with kube-proxy --cleanup, or with: %s",
 			rules, effect, remove),
 	}
+	e.warnNode(r)
+}
+
+// ModeReplaced reports that the configuration of this node asks for a mode of kube-proxy that
+// Fairlead replaces by another one.
+func (e *Events) ModeReplaced(notice string) {
+	e.warnNode(report{reason: ReasonModeReplaced, action: "StartFairlead", note: notice})
+}
+
+// warnNode reports a problem of this node, once its UID is known.
+func (e *Events) warnNode(r report) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if !e.started {
