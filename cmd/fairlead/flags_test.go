@@ -252,8 +252,15 @@ func TestInvalidUsage(t *testing.T) {
 		{"file to write", []string{"run", folder, "--write-config-to=x"}, "fairlead: --write-config-to: remove it: Fairlead does not write files\n"},
 		{
 			"flag without effect, invalid value",
-			[]string{"run", folder, "--conntrack-min=few"},
-			"fairlead: --conntrack-min: \"few\" is not a value of type int, and the flag has no effect: remove it\n",
+			[]string{"run", folder, "--oom-score-adj=few"},
+			"fairlead: --oom-score-adj: \"few\" is not a value of type int, and the flag has no effect: remove it\n",
+		},
+		{
+			"connection tracking",
+			[]string{"run", folder, "--conntrack-min=-1", "--conntrack-udp-timeout=30", "--conntrack-tcp-timeout-close-wait=-1s"},
+			"fairlead: --conntrack-min: \"-1\" is not an integer from 0 to 2147483647\n" +
+				"fairlead: --conntrack-tcp-timeout-close-wait: \"-1s\" is not a duration: write it as 15m or 90s\n" +
+				"fairlead: --conntrack-udp-timeout: \"30\" is not a duration: write it as 15m or 90s\n",
 		},
 
 		{

@@ -89,6 +89,7 @@ func (n *testNode) runArgs() []string {
 		"run", "--mode=nft", "--manifests=" + n.folder, "--service-cidr=10.96.0.0/16,fd00:10:96::/112",
 		"--cluster-cidr=" + n.PodCIDRs[0].String() + "," + n.PodCIDRs[1].String(),
 		"--dns-listen=" + n.dnsAddress().String(), "--hostname-override=node", "--log-format=json",
+		"--conntrack-max-per-core=0", // the maximum belongs to the host
 	}
 }
 

@@ -53,7 +53,7 @@ func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setCl
 		return err
 	}
 	if c.InitOnly {
-		return b.Prepare(ctx, backend.Options{Logger: log, Values: c.Values})
+		return agent.Initialize(ctx, c, b, log)
 	}
 	options := agent.Options{
 		Config: c, Backend: b, Version: version, KubernetesVersion: kubernetesVersion(), ProcessMetrics: processMetrics(), Logger: log, LogLevel: level,

@@ -338,7 +338,7 @@ func TestServerAddressInUse(t *testing.T) {
 func TestIgnoredSettings(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t)
-	n.program = n.start(nil, append(n.runArgs(), "--conntrack-min=0", "--ipvs-scheduler=lc", "--iptables-sync-period=10s",
+	n.program = n.start(nil, append(n.runArgs(), "--ipvs-scheduler=lc", "--iptables-sync-period=10s",
 		"--oom-score-adj=-998", "--pod-bridge-interface=cni0", "--feature-gates=A=true", "--ipvs-exclude-cidrs=", "-v=2")...)
 	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 	n.stop()
@@ -351,24 +351,11 @@ func TestIgnoredSettings(t *testing.T) {
 	want := []string{
 		"--pod-bridge-interface: it requires --detect-local-mode=BridgeInterface",
 		"--ipvs-scheduler: it applies only to --mode=ipvs",
-		"--conntrack-min: Fairlead does not configure connection tracking: use sysctl",
 		"--feature-gates: Fairlead has no feature gates",
 		"--iptables-sync-period: Fairlead programs changes as they arrive instead of periodically; use --batch-period to batch them",
 		"--oom-score-adj: Fairlead does not set its oom_score_adj: in Kubernetes, priorityClassName system-node-critical sets it",
 	}
 	if got, want := strings.Join(warned, "\n"), strings.Join(want, "\n"); got != want {
 		t.Errorf("warnings:\n%s\nwant:\n%s", got, want)
-	}
-}
-
-func TestInitOnly(t *testing.T) {
-	t.Parallel()
-	n := newTestNode(t)
-	code, stderr := n.runOnce(asNobody(), append(n.runArgs(), "--init-only")...)
-	if code != 0 || !strings.Contains(stderr, "no initialization needed") {
-		t.Errorf("exit code %d, output %q", code, stderr)
-	}
-	if listing := n.nft("list", "ruleset"); listing != "" {
-		t.Errorf("ruleset after --init-only:\n%s", listing)
 	}
 }

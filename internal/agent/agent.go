@@ -88,11 +88,13 @@ type Agent struct {
 	metrics      *metrics.Metrics
 	affinity     *affinityLimiter // nil if the backend does not need one
 	nodeSettings *nodesettings.Watcher
-	dispatcher   *dispatcher
-	standby      *standby
-	progress     *progress
-	dns          *dns.Server      // nil without --dns-listen
-	reloader     *config.Reloader // nil without a configuration file
+	// conntrackSettings are the kernel's settings, conntrack deletes stale entries.
+	conntrackSettings *conntrackSettings
+	dispatcher        *dispatcher
+	standby           *standby
+	progress          *progress
+	dns               *dns.Server      // nil without --dns-listen
+	reloader          *config.Reloader // nil without a configuration file
 }
 
 // New opens the backend and creates the components, without starting or programming anything.
@@ -117,6 +119,7 @@ func New(o Options) (*Agent, error) {
 		Tracker: tracker, Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: commits.notify,
 	})
 	a.progress = newProgress(a.pipeline.Syncer.Status)
+	a.conntrackSettings = newConntrackSettings(c.Conntrack, a.progress.programmed, log.With("component", "conntrack"))
 	state := &nodeState{log: log, sourceHasNodes: c.Manifests == "", name: c.Tracker.NodeName}
 	shares := divideDescriptors(openFilesLimit())
 	a.relay = relay.New(relay.Options{
@@ -259,6 +262,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	active(a.relay.Run)
 	active(a.nodeSettings.Run)
+	active(a.conntrackSettings.run)
 	if a.affinity != nil {
 		active(a.affinity.run)
 	}

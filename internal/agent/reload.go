@@ -16,6 +16,7 @@ func (a *Agent) applyConfig(ctx context.Context, next config.Config) {
 	}
 	a.logLevel.Set(next.LogLevel)
 	a.reportReplacedMode(next)
+	a.conntrackSettings.set(next.Conntrack)
 	a.dispatcher.configure(trackerOptions(a.backend, next.Tracker))
 	a.log.InfoContext(ctx, "configuration file reloaded")
 }

@@ -139,7 +139,7 @@ func (b Backend) Prepare(ctx context.Context, o Options) error {
 	const reason = "--init-only"
 	log := o.Logger
 	if b.SetUp == nil {
-		log.InfoContext(ctx, "no initialization needed", "reason", reason)
+		log.InfoContext(ctx, "the mode needs no initialization", "reason", reason, "mode", b.Name)
 		return nil
 	}
 	o.Logger = log.With("backend", b.Name)

@@ -19,14 +19,17 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/conntracksettings"
 	"fairlead.io/fairlead/kube"
 )
 
 // Config holds the settings from flags and the configuration file.
 type Config struct {
-	// Tracker and LogLevel may change while the program runs. All other fields need a restart.
-	Tracker  kube.Options
-	LogLevel slog.Level
+	// Tracker, LogLevel and Conntrack may change while the program runs. All other fields need
+	// a restart.
+	Tracker   kube.Options
+	LogLevel  slog.Level
+	Conntrack conntracksettings.Settings
 	// Warnings lists settings that have no effect or are deprecated.
 	Warnings []Warning
 
@@ -200,6 +203,7 @@ func parse(in input) (Config, error) {
 	c.HealthzAddress = p.serverAddress(&c, "healthz", wildcard, healthzPort)
 	c.MetricsAddress = p.serverAddress(&c, "metrics", loopback, metricsPort)
 	c.Tracker.ProtectLoopback = slices.ContainsFunc([]string{c.HealthzAddress, c.MetricsAddress, c.DNSListen}, isLoopback)
+	c.Conntrack = p.conntrack()
 	c.HardFail = p.boolean("bind-address-hard-fail")
 	c.GiveWayAfter = p.giveWayAfter()
 	c.OwnTables = p.boolean("nft-own-table")
@@ -208,6 +212,19 @@ func parse(in input) (Config, error) {
 	p.rejectUnsupported()
 	p.warnIgnored(&c)
 	return c, errors.Join(p.errs...)
+}
+
+// conntrack returns the settings of connection tracking.
+func (p *parser) conntrack() conntracksettings.Settings {
+	return conntracksettings.Settings{
+		MaxPerCore:            int(p.integer("conntrack-max-per-core", 0, math.MaxInt32)),
+		Min:                   int(p.integer("conntrack-min", 0, math.MaxInt32)),
+		TCPEstablishedTimeout: p.duration("conntrack-tcp-timeout-established"),
+		TCPCloseWaitTimeout:   p.duration("conntrack-tcp-timeout-close-wait"),
+		TCPBeLiberal:          p.boolean("conntrack-tcp-be-liberal"),
+		UDPTimeout:            p.duration("conntrack-udp-timeout"),
+		UDPStreamTimeout:      p.duration("conntrack-udp-timeout-stream"),
+	}
 }
 
 // isLoopback reports whether an address with a port is a loopback address.

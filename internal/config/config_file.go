@@ -53,6 +53,13 @@ func fieldFlags() map[string]string {
 		"ipvs.tcpTimeout":                     "ipvs-tcp-timeout",
 		"ipvs.tcpFinTimeout":                  "ipvs-tcpfin-timeout",
 		"ipvs.udpTimeout":                     "ipvs-udp-timeout",
+		"conntrack.maxPerCore":                "conntrack-max-per-core",
+		"conntrack.min":                       "conntrack-min",
+		"conntrack.tcpEstablishedTimeout":     "conntrack-tcp-timeout-established",
+		"conntrack.tcpCloseWaitTimeout":       "conntrack-tcp-timeout-close-wait",
+		"conntrack.tcpBeLiberal":              "conntrack-tcp-be-liberal",
+		"conntrack.udpTimeout":                "conntrack-udp-timeout",
+		"conntrack.udpStreamTimeout":          "conntrack-udp-timeout-stream",
 	}
 }
 
@@ -70,7 +77,7 @@ func ignoredFieldReason(field string) string {
 		return "Fairlead does not mark packets"
 	}
 	return cmp.Or(map[string]string{
-		"iptables": ignoredIPTables, "conntrack": ignoredConntrack, "oomScoreAdj": ignoredOOM,
+		"iptables": ignoredIPTables, "oomScoreAdj": ignoredOOM,
 		"featureGates": ignoredFeatureGates, "showHiddenMetricsForVersion": ignoredHiddenMetrics, "configSyncPeriod": ignoredConfigSync,
 		"logging": ignoredLogging, "winkernel": ignoredWindows, "windowsRunAsService": ignoredWindows,
 		"portRange": "it applied to kube-proxy's userspace mode",

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/conntracksettings"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/kube/proxyconfig"
 )
@@ -48,6 +49,9 @@ func defaultConfig() Config {
 		Mode: backend.NFT, ProxyMode: "nftables", ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", LogFormat: "text",
 		API:          APIServer{Label: "--kubeconfig", QPS: 5, Burst: 10, BatchPeriod: 50 * time.Millisecond, MassRemovalDelay: time.Minute},
 		GiveWayAfter: time.Minute,
+		Conntrack: conntracksettings.Settings{
+			MaxPerCore: 32 << 10, Min: 128 << 10, TCPEstablishedTimeout: 24 * time.Hour, TCPCloseWaitTimeout: time.Hour,
+		},
 		Tracker: kube.Options{
 			ProtectLoopback: true,
 			NodeName:        "node", DetectLocal: kube.DetectLocal{Mode: kube.DetectByClusterCIDR},
@@ -114,6 +118,24 @@ func TestFlags(t *testing.T) {
 		{"no precedence after exit", []string{"--give-way-after=0"}, func(c *Config) { c.GiveWayAfter = 0 }},
 		{"own tables", []string{"--nft-own-table"}, func(c *Config) { c.OwnTables = true }},
 		{"no delay of mass removals", []string{"--mass-removal-delay=0"}, func(c *Config) { c.API.MassRemovalDelay = 0 }},
+		{
+			"connection tracking", []string{
+				"--conntrack-max-per-core=1", "--conntrack-min=2", "--conntrack-tcp-timeout-established=3s", "--conntrack-tcp-timeout-close-wait=4s",
+				"--conntrack-tcp-be-liberal", "--conntrack-udp-timeout=5s", "--conntrack-udp-timeout-stream=6s",
+			},
+			func(c *Config) {
+				c.Conntrack = conntracksettings.Settings{
+					MaxPerCore: 1, Min: 2, TCPEstablishedTimeout: 3 * time.Second, TCPCloseWaitTimeout: 4 * time.Second,
+					TCPBeLiberal: true, UDPTimeout: 5 * time.Second, UDPStreamTimeout: 6 * time.Second,
+				}
+			},
+		},
+		{
+			"connection tracking, zero", []string{
+				"--conntrack-max-per-core=0", "--conntrack-min=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0s",
+			},
+			func(c *Config) { c.Conntrack = conntracksettings.Settings{} },
+		},
 		{"no batching", []string{"--batch-period=0"}, func(c *Config) { c.API.BatchPeriod = 0 }},
 		{
 			"batch period with manifests",
@@ -383,18 +405,34 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 		},
 		{
 			"fields without effect",
-			configHeader + "conntrack: {min: 5, udpTimeout: 10s}\nipvs: {scheduler: lc, syncPeriod: 5s}\nnftables: {masqueradeBit: 3}\nfeatureGates: {A: true}\n",
+			configHeader + "ipvs: {scheduler: lc, syncPeriod: 5s}\nnftables: {masqueradeBit: 3}\nfeatureGates: {A: true}\n",
 			nil,
 			func(c *Config) {
 				c.Warnings = []Warning{
-					{"--config: conntrack.min", ignoredConntrack, NoEffect},
-					{"--config: conntrack.udpTimeout", ignoredConntrack, NoEffect},
 					{"--config: featureGates.A", ignoredFeatureGates, NoEffect},
 					{"--config: ipvs.syncPeriod", ignoredSync, NoEffect},
 					{"--config: nftables.masqueradeBit", "Fairlead does not mark packets", NoEffect},
 					{"--config: ipvs.scheduler", ignoredOtherMode(backend.IPVS), NoEffect},
 				}
 			},
+		},
+		{
+			"connection tracking", configHeader + "conntrack: {maxPerCore: 1, min: 2, tcpEstablishedTimeout: 3s, tcpCloseWaitTimeout: 4s, " +
+				"tcpBeLiberal: true, udpTimeout: 5s, udpStreamTimeout: 6s}\n", nil,
+			func(c *Config) {
+				c.Conntrack = conntracksettings.Settings{
+					MaxPerCore: 1, Min: 2, TCPEstablishedTimeout: 3 * time.Second, TCPCloseWaitTimeout: 4 * time.Second,
+					TCPBeLiberal: true, UDPTimeout: 5 * time.Second, UDPStreamTimeout: 6 * time.Second,
+				}
+			},
+		},
+		{
+			"connection tracking, null", configHeader + "conntrack: {maxPerCore: null, min: null, tcpEstablishedTimeout: null, tcpCloseWaitTimeout: null, " +
+				"udpTimeout: 0s, udpStreamTimeout: 0s}\n", nil, func(*Config) {},
+		},
+		{
+			"connection tracking, zero", configHeader + "conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}\n", nil,
+			func(c *Config) { c.Conntrack = conntracksettings.Settings{} },
 		},
 		{
 			"ipvs mode", configHeader + `

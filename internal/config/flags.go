@@ -60,7 +60,6 @@ const (
 	ignoredLocalhost     = ignoredIPTables + ". To serve TCP node ports on 127.0.0.1 and ::1, add localhost to --nodeport-addresses (nodePortAddresses)"
 	ignoredNFTables      = "it applies only to kube-proxy's nftables mode"
 	ignoredSync          = "Fairlead programs changes as they arrive instead of periodically; use --batch-period to batch them"
-	ignoredConntrack     = "Fairlead does not configure connection tracking: use sysctl"
 	ignoredOOM           = "Fairlead does not set its oom_score_adj: in Kubernetes, priorityClassName system-node-critical sets it"
 	ignoredFeatureGates  = "Fairlead has no feature gates"
 	ignoredHiddenMetrics = "Fairlead has no hidden metrics"
@@ -187,8 +186,8 @@ func settings() []setting {
 		{name: "profiling", kind: kindBool, defaultValue: "false", usage: "serve profiles on --metrics-bind-address at /debug/pprof/"},
 		{
 			name: "init-only", kind: kindBool, defaultValue: "false", fairleadOnly: true,
-			usage: "perform the initialization that may need more privileges than CAP_NET_ADMIN (kernel modules and sysctls for --mode=ipvs, " +
-				"nothing for nft), and exit",
+			usage: "perform the initialization that may need more privileges than CAP_NET_ADMIN, and exit: the --conntrack-* settings, and with " +
+				"--mode=ipvs also kernel modules and other sysctls",
 		},
 		{name: "log-level", kind: kindString, overridesFile: true, defaultValue: levelInfo, completions: levels(), usage: levelUsage},
 		{name: "log-format", kind: kindString, overridesFile: true, defaultValue: formatText, completions: formats(), usage: formatUsage},
@@ -201,7 +200,33 @@ func settings() []setting {
 		{name: "write-config-to", kind: kindString, alternative: "remove it: Fairlead does not write files"},
 		{name: "logging-format", kind: kindString, overridesFile: true, completions: formats(), usage: "kube-proxy's name for --log-format"},
 	}
-	return slices.Concat(active, backendSettings(), ignoredSettings())
+	return slices.Concat(active, conntrackFlags(), backendSettings(), ignoredSettings())
+}
+
+// conntrackFlags returns the flags of the settings of connection tracking.
+func conntrackFlags() []setting {
+	return []setting{
+		{
+			name: "conntrack-max-per-core", kind: kindInt, defaultValue: "32768",
+			usage: "connections to track for each CPU of the host; raises nf_conntrack_max, but not beyond 1048576, and never lowers it. " +
+				"0: leave it as it is",
+		},
+		{name: "conntrack-min", kind: kindInt, defaultValue: "131072", usage: "connections to track at least, if --conntrack-max-per-core is not 0"},
+		{
+			name: "conntrack-tcp-timeout-established", kind: kindDuration, defaultValue: "24h",
+			usage: "idle timeout of established TCP connections. 0: leave it as it is",
+		},
+		{
+			name: "conntrack-tcp-timeout-close-wait", kind: kindDuration, defaultValue: "1h",
+			usage: "timeout of TCP connections in the state CLOSE_WAIT. 0: leave it as it is",
+		},
+		{
+			name: "conntrack-tcp-be-liberal", kind: kindBool, defaultValue: "false",
+			usage: "do not treat TCP packets outside the window as invalid. false: leave the setting as it is",
+		},
+		{name: "conntrack-udp-timeout", kind: kindDuration, defaultValue: "0s", usage: "idle timeout of UDP flows without a reply. 0: leave it as it is"},
+		{name: "conntrack-udp-timeout-stream", kind: kindDuration, defaultValue: "0s", usage: "idle timeout of other UDP flows. 0: leave it as it is"},
+	}
 }
 
 // backendSettings returns the flags that apply to one backend.
@@ -230,11 +255,6 @@ func ignoredSettings() []setting {
 		{ignoredSync, map[string]kind{
 			"iptables-sync-period": kindDuration, "iptables-min-sync-period": kindDuration,
 			"ipvs-sync-period": kindDuration, "ipvs-min-sync-period": kindDuration,
-		}},
-		{ignoredConntrack, map[string]kind{
-			"conntrack-max-per-core": kindInt, "conntrack-min": kindInt, "conntrack-tcp-be-liberal": kindBool,
-			"conntrack-tcp-timeout-established": kindDuration, "conntrack-tcp-timeout-close-wait": kindDuration,
-			"conntrack-udp-timeout": kindDuration, "conntrack-udp-timeout-stream": kindDuration,
 		}},
 		{ignoredOOM, map[string]kind{"oom-score-adj": kindInt}},
 		{ignoredFeatureGates, map[string]kind{"feature-gates": kindList}},
