@@ -49,6 +49,9 @@ func (f Fairlead) Command(env Environment) []string {
 		"--kubeconfig=" + env.Kubeconfig,
 		"--hostname-override=" + env.NodeName,
 		"--cluster-cidr=" + env.ClusterCIDR.String(),
+		"--conntrack-max-per-core=0",
+		"--conntrack-tcp-timeout-established=0s",
+		"--conntrack-tcp-timeout-close-wait=0s",
 	}, f.Args...)
 }
 

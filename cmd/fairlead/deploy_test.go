@@ -96,9 +96,9 @@ func decodeDaemonSet(t *testing.T, text []byte) appsv1.DaemonSet {
 	return set
 }
 
-// TestDeployIPVS applies the patch of the ipvs component as kustomize does. A privileged init
-// container performs the initialization; the main container has the same privileges as in nft
-// mode.
+// TestDeployIPVS applies the patch of the ipvs component as kustomize does. In both modes, a
+// privileged init container performs the initialization; the main container has the same privileges
+// as in nft mode.
 func TestDeployIPVS(t *testing.T) {
 	t.Parallel()
 	component := readManifest[struct {
@@ -125,6 +125,10 @@ func TestDeployIPVS(t *testing.T) {
 		t.Fatalf("%d containers and %d init containers, want one of each", len(spec.Containers), len(spec.InitContainers))
 	}
 	setUp, want := spec.InitContainers[0], base.Spec.Template.Spec.Containers[0]
+	baseSpec := base.Spec.Template.Spec
+	if diff := cmp.Diff(append(slices.Clone(want.Args), "--init-only"), baseSpec.InitContainers[0].Args); diff != "" || len(baseSpec.InitContainers) != 1 {
+		t.Errorf("arguments of the init container without the component (-want +got):\n%s", diff)
+	}
 	want.Args = append(slices.Clone(want.Args), "--mode=ipvs")
 	if diff := cmp.Diff(want, spec.Containers[0]); diff != "" {
 		t.Errorf("main container (-want +got):\n%s", diff)
@@ -140,7 +144,7 @@ func TestDeployIPVS(t *testing.T) {
 	}
 	files := want.VolumeMounts[0]
 	modules := corev1.VolumeMount{Name: "modules", MountPath: "/lib/modules", ReadOnly: true}
-	if diff := cmp.Diff([]corev1.VolumeMount{files, modules}, setUp.VolumeMounts); diff != "" {
+	if diff := cmp.Diff([]corev1.VolumeMount{modules, files}, setUp.VolumeMounts); diff != "" {
 		t.Errorf("volume mounts of %s (-want +got):\n%s", setUp.Name, diff)
 	}
 	volumes := map[string]corev1.Volume{}

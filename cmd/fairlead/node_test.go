@@ -448,7 +448,7 @@ func (p *process) awaitLog(match func(record) bool) {
 }
 
 // record is a log line in JSON.
-type record struct{ Level, Msg, File, Error, Reason, Setting, What string }
+type record struct{ Level, Msg, File, Error, Reason, Setting, Settings, What string }
 
 // logBuffer collects the output of the program.
 type logBuffer struct {

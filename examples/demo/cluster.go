@@ -271,6 +271,7 @@ func (c *cluster) startFairlead(ctx context.Context) error {
 		"run", "--mode=" + c.opts.mode, "--manifests=" + c.manifests, "--service-cidr=" + serviceCIDRs,
 		"--cluster-cidr=" + strings.Join(pods, ","), "--dns-listen=" + c.nameServer().String(),
 		"--hostname-override=node", "--log-level=debug", "--log-format=json",
+		"--conntrack-max-per-core=0", // the maximum belongs to the host
 	}
 	c.fairlead, err = startProcess(ctx, c.net.Node.Namespace, c.log, program, c.command...)
 	if err != nil {

@@ -62,7 +62,8 @@ const (
 )
 
 // daemonSetArgs returns Fairlead's arguments in the DaemonSet. It writes the configuration of
-// the ConfigMap to dir; only the pod networks and the connection to the API server differ.
+// the ConfigMap to dir; only the pod networks, the connection to the API server and
+// conntrack.maxPerCore differ.
 func daemonSetArgs(dir string, podCIDRs string) ([]string, error) {
 	configMap, err := decodeManifest[corev1.ConfigMap]("config.yaml")
 	if err != nil {
@@ -74,6 +75,7 @@ func daemonSetArgs(dir string, podCIDRs string) ([]string, error) {
 		return nil, fmt.Errorf("deploy/config.yaml: config.conf: %w", err)
 	}
 	config["clusterCIDR"] = podCIDRs
+	config["conntrack"] = map[string]any{"maxPerCore": 0} // the maximum belongs to the host
 	if err := os.WriteFile(filepath.Join(dir, configFile), patch(config), 0o600); err != nil {
 		return nil, err
 	}
