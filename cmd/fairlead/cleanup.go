@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -29,27 +30,33 @@ program everything again.`,
 			if err != nil {
 				return err
 			}
-			if !force {
-				lock, err := lockInstance(cmd.Context())
-				if err != nil {
-					return err
-				}
-				defer lock.Release() //nolint:errcheck // the process exits
-			}
-			var errs []error
-			for _, b := range backend.All() {
-				err := b.Remove(log)
-				errs = append(errs, err)
-				if errors.Is(err, fs.ErrPermission) {
-					break // the other backends would fail, too
-				}
-			}
-			return errors.Join(errs...)
+			return cleanUp(cmd.Context(), log, force)
 		},
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "clean up even if another Fairlead programs this node")
 	logs.AddFlags(cmd)
 	return cmd
+}
+
+// cleanUp removes the kernel state of all backends. Without force, it fails while another instance
+// is running.
+func cleanUp(ctx context.Context, log *slog.Logger, force bool) error {
+	if !force {
+		lock, err := lockInstance(ctx)
+		if err != nil {
+			return err
+		}
+		defer lock.Release() //nolint:errcheck // the process exits
+	}
+	var errs []error
+	for _, b := range backend.All() {
+		err := b.Remove(log)
+		errs = append(errs, err)
+		if errors.Is(err, fs.ErrPermission) {
+			break // the other backends would fail, too
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // errRunning is returned while another instance is running.

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"log/slog"
 	"os/exec"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -62,12 +64,16 @@ func TestInvalidUsage(t *testing.T) {
 		{"folder does not exist", []string{"run", folder}, missing},
 		{"folder is a file", []string{"run", "--manifests=main.go"}, "fairlead: --manifests: read folder main.go: not a directory\n"},
 
+		{"empty arguments", []string{"run", "", folder, ""}, missing},
+		{"version that is none", []string{"run", "--version=new"}, "fairlead: --version: \"new\" is not a boolean: use true, false or raw\n"},
+		{"version to report", []string{"run", folder, "--version=v1.30.0"}, missing},
+		{"no version", []string{"run", folder, "--version=false"}, missing},
 		{"mode", []string{"run", folder, "--mode=iptables"}, "fairlead: --mode: unknown mode \"iptables\": use nft or ipvs\n"},
 		{"empty mode", []string{"run", folder, "--mode="}, missing},
 		{"kube-proxy's mode", []string{"run", folder, "--proxy-mode=nftables"}, missing},
 		{"equivalent modes", []string{"run", folder, "--proxy-mode=nftables", "--mode=nft"}, missing},
 		{"empty mode of kube-proxy", []string{"run", folder, "--proxy-mode="}, missing},
-		{"unsupported mode of kube-proxy", []string{"run", folder, "--proxy-mode=iptables"}, "fairlead: --proxy-mode: unknown mode \"iptables\": use nftables or ipvs\n"},
+		{"unsupported mode of kube-proxy", []string{"run", folder, "--proxy-mode=userspace"}, "fairlead: --proxy-mode: unknown mode \"userspace\": use nftables, ipvs, iptables\n"},
 		{"conflicting modes", []string{"run", folder, "--proxy-mode=nftables", "--mode=ipvs"}, "fairlead: --proxy-mode: \"nftables\" conflicts with --mode=ipvs: set one of them\n"},
 		{"equal modes", []string{"run", folder, "--proxy-mode=ipvs", "--mode=ipvs"}, missing},
 		{"mode in upper case", []string{"run", folder, "--mode=NFT"}, "fairlead: --mode: unknown mode \"NFT\": use nft or ipvs\n"},
@@ -247,9 +253,7 @@ func TestInvalidUsage(t *testing.T) {
 			"fairlead: --batch-period: \"50\" is not a duration from 0 to 1s: write it as 50ms, or 0 to read every change at once\n",
 		},
 
-		{"cleanup flag", []string{"run", folder, "--cleanup"}, "fairlead: --cleanup: run fairlead cleanup\n"},
 		{"cleanup flag set to false", []string{"run", folder, "--cleanup=false"}, missing},
-		{"file to write", []string{"run", folder, "--write-config-to=x"}, "fairlead: --write-config-to: remove it: Fairlead does not write files\n"},
 		{
 			"flag without effect, invalid value",
 			[]string{"run", folder, "--oom-score-adj=few"},
@@ -320,7 +324,7 @@ func TestKubeProxyFlags(t *testing.T) {
 		kube-api-content-type kube-api-qps kubeconfig log-flush-frequency log-json-info-buffer-size
 		log-json-split-stream log-text-info-buffer-size log-text-split-stream logging-format masquerade-all master
 		metrics-bind-address metrics-port nodeport-addresses oom-score-adj pod-bridge-interface
-		pod-interface-name-prefix profiling proxy-mode show-hidden-metrics-for-version v vmodule write-config-to
+		pod-interface-name-prefix profiling proxy-mode show-hidden-metrics-for-version v version vmodule write-config-to
 `
 	known := runCommand(ignoreClientLogger).Flags()
 	for name := range strings.FieldsSeq(flags) {
@@ -335,6 +339,26 @@ func TestVersion(t *testing.T) {
 	code, stdout, stderr := invoke(t, "version")
 	if want := "fairlead " + version + "\n"; code != 0 || stdout != want || stderr != "" {
 		t.Errorf("exit code %d, stdout %q, stderr %q, want 0, %q and nothing", code, stdout, stderr, want)
+	}
+}
+
+// TestVersionFlag checks kube-proxy's flag, also in a program with the name kube-proxy.
+func TestVersionFlag(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"fairlead", "run", "--version"}, "fairlead " + version + "\n"},
+		{[]string{"/usr/local/bin/kube-proxy", "--version"}, "fairlead " + version + "\n"},
+		{[]string{"kube-proxy", "--version=true", "--mode=x"}, "fairlead " + version + "\n"},
+		{[]string{"kube-proxy", "--version=raw"}, fmt.Sprintf("version.Info{GitVersion:%q, GoVersion:%q, Compiler:%q, Platform:%q}\n",
+			version, runtime.Version(), runtime.Compiler, runtime.GOOS+"/"+runtime.GOARCH)},
+	} {
+		code, stdout, stderr := invoke(t, commandArgs(test.args)...)
+		if code != 0 || stdout != test.want || stderr != "" {
+			t.Errorf("%q: exit code %d, stdout %q, stderr %q, want 0, %q and nothing", test.args, code, stdout, stderr, test.want)
+		}
 	}
 }
 
@@ -402,7 +426,7 @@ func TestCompletion(t *testing.T) {
 	}{
 		{[]string{"run", "--mode", ""}, "nft\nipvs\n:4\n"},
 		{[]string{"run", "--mode="}, "nft\nipvs\n:4\n"},
-		{[]string{"run", "--proxy-mode="}, "nftables\nipvs\n:4\n"},
+		{[]string{"run", "--proxy-mode="}, "nftables\nipvs\niptables\n:4\n"},
 		{[]string{"run", "--ipvs-scheduler="}, strings.Join(ipvs.Schedulers(), "\n") + "\n:4\n"},
 		{[]string{"run", "--log-level="}, "debug\ninfo\nwarn\nerror\n:4\n"},
 		{[]string{"cleanup", "--log-format="}, "text\njson\n:4\n"},

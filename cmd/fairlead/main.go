@@ -9,18 +9,27 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2" //nolint:depguard // client-go logs through klog
+
+	"fairlead.io/fairlead/internal/config"
 )
 
-// version is set with -ldflags.
-var version = "unknown"
-
 func main() {
-	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr, klog.SetSlogLogger))
+	os.Exit(run(context.Background(), commandArgs(os.Args), os.Stdout, os.Stderr, klog.SetSlogLogger))
+}
+
+// commandArgs returns the arguments of the root command. A program with the name kube-proxy is
+// `fairlead run` with kube-proxy's defaults, so that it replaces kube-proxy in a container image.
+func commandArgs(args []string) []string {
+	if len(args) == 0 || filepath.Base(args[0]) != "kube-proxy" {
+		return args[min(1, len(args)):]
+	}
+	return append([]string{"run", "--" + config.KubeProxyDefaults}, args[1:]...)
 }
 
 // run implements main with explicit dependencies and returns the exit code. setClientLogger sets
@@ -51,16 +60,4 @@ to their endpoints.`,
 		return 1
 	}
 	return 0
-}
-
-func versionCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "version",
-		Short: "Print the version",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), "fairlead", version)
-			return err
-		},
-	}
 }

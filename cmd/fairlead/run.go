@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -28,8 +30,19 @@ accepted with a warning.`,
 		Example: `  fairlead run --kubeconfig=/etc/fairlead/kubeconfig.conf --cluster-cidr=10.244.0.0/16
   fairlead run --kubeconfig=/etc/fairlead/kubeconfig.conf --mode=ipvs --ipvs-scheduler=lc
   fairlead run --mode=nft --manifests=./services --service-cidr=10.96.0.0/16 --cluster-cidr=10.244.0.0/16`,
-		Args: cobra.NoArgs,
+		Args: func(cmd *cobra.Command, args []string) error {
+			// kube-proxy accepts empty arguments, which templates of manifests produce.
+			return cobra.NoArgs(cmd, slices.DeleteFunc(args, func(arg string) bool { return arg == "" }))
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			text, err := requestedVersion(flags[config.VersionFlag])
+			if err != nil {
+				return err
+			}
+			if text != "" {
+				_, err := fmt.Fprintln(cmd.OutOrStdout(), text)
+				return err
+			}
 			return runProgram(cmd.Context(), flags, cmd.ErrOrStderr(), setClientLogger)
 		},
 	}
@@ -48,6 +61,12 @@ func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setCl
 	log := config.NewLogger(stderr, level, c.LogFormat)
 	setClientLogger(log.With("component", "client-go"))
 	c.LogWarnings(ctx, log)
+	switch {
+	case c.WriteConfigTo != "":
+		return c.WriteFile(flags)
+	case c.Cleanup:
+		return cleanUp(ctx, log, false)
+	}
 	b, err := backend.ByName(c.Mode)
 	if err != nil {
 		return err

@@ -44,6 +44,10 @@ type Config struct {
 	// one.
 	ModeSetting string
 	InitOnly    bool
+	// Cleanup removes the kernel state instead of programming it. WriteConfigTo is the path to
+	// write the configuration to instead, empty for none.
+	Cleanup       bool
+	WriteConfigTo string
 	// Manifests is the folder of manifests, empty if the source is the Kubernetes API.
 	Manifests     string
 	ServiceCIDRs  []netip.Prefix
@@ -181,7 +185,7 @@ func parse(in input) (Config, error) {
 	c := Config{Warnings: in.warnings}
 	b := p.backend(&c)
 	c.Mode, c.Values = b.Name, p.backendValues(b)
-	c.InitOnly = p.boolean("init-only")
+	c.InitOnly, c.Cleanup, c.WriteConfigTo = p.boolean("init-only"), p.boolean("cleanup"), p.text("write-config-to")
 	p.setSource(&c)
 	nodeName, err := nodeName(p.label("hostname-override"), p.text("hostname-override"))
 	if err != nil {
@@ -209,7 +213,6 @@ func parse(in input) (Config, error) {
 	c.OwnTables = p.boolean("nft-own-table")
 	c.Profiling = p.boolean("profiling")
 	c.LogLevel, c.LogFormat = p.logging()
-	p.rejectUnsupported()
 	p.warnIgnored(&c)
 	return c, errors.Join(p.errs...)
 }
@@ -487,16 +490,6 @@ func (p *parser) logging() (slog.Level, string) {
 	return level, format
 }
 
-// rejectUnsupported adds an error for each kube-proxy flag that needs another action.
-func (p *parser) rejectUnsupported() {
-	for _, s := range settings() {
-		value := p.values[s.name]
-		if s.alternative != "" && value != "" && value != "false" {
-			p.fail(s.name, "%s", s.alternative)
-		}
-	}
-}
-
 // warnIgnored adds a warning for each flag without effect, and an error if its value is invalid.
 func (p *parser) warnIgnored(c *Config) {
 	for _, s := range settings() {
@@ -518,7 +511,7 @@ func (p *parser) warnIgnored(c *Config) {
 			_, err = strconv.ParseFloat(value, 64)
 		case kindDuration:
 			_, err = time.ParseDuration(value)
-		case kindString, kindList:
+		case kindString, kindList, kindVersion:
 		}
 		if err != nil {
 			p.fail(s.name, "%q is not a value of type %s, and the flag has no effect: remove it", value, s.kind)

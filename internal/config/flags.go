@@ -24,8 +24,8 @@ type setting struct {
 	// completions are the values that shells complete. isDir and isFile complete paths.
 	completions   []string
 	isDir, isFile bool
-	// fairleadOnly marks a flag that kube-proxy does not have. A configuration file cannot
-	// set it, so the flag applies together with --config.
+	// fairleadOnly marks a flag that a configuration file cannot set, so that the flag applies
+	// together with --config.
 	fairleadOnly bool
 	// overridesFile marks a kube-proxy flag that takes precedence over a configuration file:
 	// --master, which has no field there, --hostname-override and the logging flags.
@@ -37,10 +37,13 @@ type setting struct {
 	// onlyMode is the value of --mode, or kube-proxy's mode iptables, that a kube-proxy flag
 	// applies to.
 	onlyMode string
-	// alternative tells the user what to do instead of setting a kube-proxy flag that
-	// Fairlead rejects.
-	alternative string
 }
+
+// Names of flags that commands use.
+const (
+	VersionFlag       = "version"
+	KubeProxyDefaults = "kube-proxy-defaults"
+)
 
 // kind is the type of a value, as shown in the help.
 type kind string
@@ -51,6 +54,7 @@ const (
 	kindInt      kind = "int"
 	kindFloat    kind = "float"
 	kindDuration kind = "duration"
+	kindVersion  kind = "version" // true, false, raw, or a version
 	kindList     kind = "strings" // comma-separated; the flag may be repeated
 )
 
@@ -196,8 +200,22 @@ func settings() []setting {
 			name: localhostNodePorts, kind: kindBool, defaultValue: "true", onlyMode: proxyModeIPTables, ignoredReason: ignoredLocalhost,
 			usage: "with --proxy-mode=iptables, serve TCP node ports on 127.0.0.1, unless --nodeport-addresses excludes it",
 		},
-		{name: "cleanup", kind: kindBool, alternative: "run fairlead cleanup"},
-		{name: "write-config-to", kind: kindString, alternative: "remove it: Fairlead does not write files"},
+		{
+			name: "cleanup", kind: kindBool, defaultValue: "false", fairleadOnly: true,
+			usage: "do the same as fairlead cleanup, and exit",
+		},
+		{
+			name: "write-config-to", kind: kindString, isFile: true, fairleadOnly: true,
+			usage: "write the configuration as a KubeProxyConfiguration with kube-proxy's defaults to this file, and exit",
+		},
+		{
+			name: VersionFlag, kind: kindVersion, fairleadOnly: true,
+			usage: "print the version, with raw also the Go version and the platform, and exit",
+		},
+		{
+			name: KubeProxyDefaults, kind: kindBool, defaultValue: "false", fairleadOnly: true,
+			usage: "without a mode, use kube-proxy's default mode: iptables. Set if the program's name is kube-proxy",
+		},
 		{name: "logging-format", kind: kindString, overridesFile: true, completions: formats(), usage: "kube-proxy's name for --log-format"},
 	}
 	return slices.Concat(active, conntrackFlags(), backendSettings(), ignoredSettings())
@@ -314,8 +332,8 @@ func AddFlags(cmd *cobra.Command) Flags {
 	})
 	for _, s := range settings() {
 		flag := cmd.Flags().VarPF(flagValue{s, flags}, s.name, s.short, s.usage)
-		flag.Hidden = s.ignoredIn(s.onlyMode) != "" || s.alternative != ""
-		if s.kind == kindBool {
+		flag.Hidden = s.ignoredIn(s.onlyMode) != ""
+		if s.kind == kindBool || s.kind == kindVersion {
 			flag.NoOptDefVal = "true"
 		}
 		// These fail only if the flag does not exist.

@@ -17,15 +17,9 @@ const (
 	// changes it to nftables.
 	defaultProxyMode = proxyModeIPTables
 
-	// kubeProxyDefaults names an internal setting, see [Flags.UseKubeProxyDefaults].
-	kubeProxyDefaults = "kube-proxy-defaults"
 	// localhostNodePorts is kube-proxy's flag for node ports on IPv4 loopback addresses.
 	localhostNodePorts = "iptables-localhost-nodeports"
 )
-
-// UseKubeProxyDefaults makes an unset mode mean kube-proxy's default mode. A configuration file
-// has the same effect.
-func (f Flags) UseKubeProxyDefaults() { f[kubeProxyDefaults] = "true" }
 
 // proxyModes returns the values of --proxy-mode.
 func proxyModes() []string { return append(backend.KubeProxyNames(), proxyModeIPTables) }
@@ -61,7 +55,7 @@ func (p *parser) backend(c *Config) backend.Backend {
 	b, known := backendForProxyMode(proxyMode)
 	fromFile := label != "--proxy-mode"
 	switch {
-	case !proxyModeSet && !modeSet && (fromFile || p.values[kubeProxyDefaults] != ""):
+	case !proxyModeSet && !modeSet && (fromFile || p.boolean(KubeProxyDefaults)):
 		c.ProxyMode = defaultProxyMode
 		b, _ = backendForProxyMode(defaultProxyMode)
 		return b

@@ -91,9 +91,7 @@ func TestKubeProxyDefaults(t *testing.T) {
 	for _, test := range []struct{ arg, want string }{
 		{"--v=0", "iptables"}, {"--proxy-mode=", "iptables"}, {"--proxy-mode=nftables", "nftables"}, {"--mode=nft", "nftables"}, {"--mode=ipvs", "ipvs"},
 	} {
-		flags := parseFlags(t, test.arg, "--hostname-override=node")
-		flags.UseKubeProxyDefaults()
-		c, _, err := Load(flags)
+		c, _, err := Load(parseFlags(t, test.arg, "--kube-proxy-defaults", "--hostname-override=node"))
 		if err != nil || c.ProxyMode != test.want {
 			t.Errorf("%s: proxy mode %q, error %v, want %q", test.arg, c.ProxyMode, err, test.want)
 		}
