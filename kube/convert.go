@@ -53,17 +53,16 @@ type desiredService struct {
 	serving []netip.AddrPort
 }
 
-// convert returns the desired state of the Service, given its slices and the supported
-// schedulers.
-func convert(svc *corev1.Service, endpointSlices []*endpointSlice, loc location, schedulers []string) desiredState {
-	if !shouldServe(svc) {
+// convert returns the desired state of the Service, given its slices.
+func convert(svc *corev1.Service, endpointSlices []*endpointSlice, loc location, opts Options) desiredState {
+	if !shouldServe(svc, opts.ServiceProxyName) {
 		return desiredState{}
 	}
 	c := conversion{
 		service:    svc,
 		name:       types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name},
 		location:   loc,
-		schedulers: schedulers,
+		schedulers: opts.Schedulers,
 	}
 	policy := c.policy()
 	addrs := c.addresses()
@@ -82,16 +81,17 @@ func convert(svc *corev1.Service, endpointSlices []*endpointSlice, loc location,
 	return d
 }
 
-// shouldServe reports whether this proxy serves the Service.
-func shouldServe(svc *corev1.Service) bool {
+// shouldServe reports whether the proxy with the given name serves the Service. The default proxy
+// has no name.
+func shouldServe(svc *corev1.Service, proxyName string) bool {
 	if svc == nil || svc.Spec.Type == corev1.ServiceTypeExternalName {
 		return false
 	}
 	if svc.Spec.ClusterIP == corev1.ClusterIPNone || (len(svc.Spec.ClusterIPs) > 0 && svc.Spec.ClusterIPs[0] == corev1.ClusterIPNone) {
 		return false
 	}
-	_, other := svc.Labels[LabelServiceProxyName]
-	return !other
+	name, named := svc.Labels[LabelServiceProxyName]
+	return named == (proxyName != "") && name == proxyName
 }
 
 // conversion is the state of one call of convert.

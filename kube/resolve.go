@@ -30,14 +30,14 @@ func (t *Tracker) resolveAll(dirty []*service, result *Result) {
 	}
 	for _, s := range affected {
 		// Its claims are unchanged, so no other owner changes.
-		t.resolve(s, convert(s.object, s.slices, t.location, t.opts.Schedulers), result)
+		t.resolve(s, convert(s.object, s.slices, t.location, t.opts), result)
 	}
 	slices.SortFunc(result.Problems, Problem.Compare)
 }
 
 // updateClaims computes the desired state of s and replaces its claims.
 func (t *Tracker) updateClaims(s *service) desiredState {
-	d := convert(s.object, s.slices, t.location, t.opts.Schedulers)
+	d := convert(s.object, s.slices, t.location, t.opts)
 	created := int64(0)
 	if s.object != nil {
 		created = s.object.CreationTimestamp.Unix()

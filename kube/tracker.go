@@ -33,6 +33,11 @@ type Options struct {
 	// ProtectLoopback sets [dataplane.Node.ProtectLoopback]. Node ports at loopback addresses set
 	// it as well.
 	ProtectLoopback bool
+	// ServiceProxyName selects the Services with this value of the label
+	// [LabelServiceProxyName]. If it is empty, the Services without the label are served.
+	// Otherwise another proxy serves these, so unassigned addresses of the ServiceCIDRs are not
+	// dropped.
+	ServiceProxyName string
 	// Schedulers lists the supported values of [AnnotationIPVSScheduler]. It is empty if the
 	// backend has no schedulers.
 	Schedulers []string
@@ -195,10 +200,10 @@ func (t *Tracker) process(change func(result *Result, markDirty func(*service)))
 	return result
 }
 
-// Configure replaces the options and returns the resulting changes. The node name and the
-// schedulers cannot change: Configure ignores those of opts.
+// Configure replaces the options and returns the resulting changes. The node name, the
+// schedulers and the name of the proxy cannot change: Configure ignores those of opts.
 func (t *Tracker) Configure(opts Options) Result {
-	opts.NodeName, opts.Schedulers = t.opts.NodeName, t.opts.Schedulers
+	opts.NodeName, opts.Schedulers, opts.ServiceProxyName = t.opts.NodeName, t.opts.Schedulers, t.opts.ServiceProxyName
 	t.opts = opts
 	return t.process(t.updateNode)
 }
@@ -259,6 +264,9 @@ func (t *Tracker) updateNode(result *Result, markDirty func(*service)) {
 	node := newDataplaneNode(t.opts, t.networks)
 	var overlaps []Overlap
 	node.ServiceCIDRs, overlaps = subtractOverlaps(node.ServiceCIDRs, slices.Concat(node.PodCIDRs, node.LocalPodCIDRs), own)
+	if t.opts.ServiceProxyName != "" {
+		node.ServiceCIDRs, overlaps = nil, nil
+	}
 	loopback := loopbackAddrs(t.opts.NodePortAddresses, t.networks)
 	if t.node != nil && t.node.Equal(node) && slices.Equal(t.loopback, loopback) {
 		return

@@ -253,6 +253,12 @@ func TestInvalidUsage(t *testing.T) {
 			"fairlead: --batch-period: \"50\" is not a duration from 0 to 1s: write it as 50ms, or 0 to read every change at once\n",
 		},
 
+		{
+			"proxy name",
+			[]string{"run", folder, "--service-proxy-name=a/b"},
+			"fairlead: --service-proxy-name: \"a/b\" is not a valid label value: write it as fairlead or example.com_proxy-1\n",
+		},
+
 		{"cleanup flag set to false", []string{"run", folder, "--cleanup=false"}, missing},
 		{
 			"flag without effect, invalid value",

@@ -38,7 +38,7 @@ func openSource(o *agent.Options) error {
 		return fmt.Errorf("create the client for Events: %w", err)
 	}
 	s, err := apiserver.New(apiserver.Options{
-		Config: client, NodeName: c.Tracker.NodeName, Version: version, BatchPeriod: c.API.BatchPeriod,
+		Config: client, NodeName: c.Tracker.NodeName, ServiceProxyName: c.Tracker.ServiceProxyName, Version: version, BatchPeriod: c.API.BatchPeriod,
 		MassRemovalDelay: c.API.MassRemovalDelay, ProgrammedServices: servedServices(o.Backend, log), Logger: log.With("component", "apiserver"),
 		OnMassRemoval: func(resource string, removed, before int) {
 			e.MassRemoval(resource, removed, before, c.API.MassRemovalDelay)

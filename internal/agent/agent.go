@@ -170,7 +170,7 @@ func New(o Options) (*Agent, error) {
 	})
 	a.dispatcher = &dispatcher{
 		log: log, pipeline: a.pipeline, conntrack: a.conntrack, relay: a.relay, healthChecks: a.healthChecks, metrics: a.metrics, nodeSettings: a.nodeSettings,
-		events: o.Events, dns: a.dns, nodeState: state, nodePortAddresses: tracker.NodePortAddresses,
+		events: o.Events, dns: a.dns, nodeState: state, nodePortAddresses: tracker.NodePortAddresses, proxyName: tracker.ServiceProxyName,
 	}
 	if f := o.File; f != nil {
 		a.reloader = config.NewReloader(config.ReloaderOptions{

@@ -40,6 +40,8 @@ type dispatcher struct {
 	// lists them, including loopback addresses.
 	nodePortAddresses kube.NodePortAddresses
 	servedAddrs       []netip.Addr
+	// proxyName is the name of this proxy, empty for the default proxy.
+	proxyName string
 }
 
 // deliver processes a Delta from the source. The first Delta contains all objects.

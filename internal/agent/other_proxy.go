@@ -6,6 +6,7 @@ import (
 
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/otherproxy"
+	"fairlead.io/fairlead/kube"
 )
 
 // detectOtherProxies scans for rules of other Service proxies. It returns a function that
@@ -31,7 +32,7 @@ func (a *Agent) detectOtherProxies(ctx context.Context) (watch func(context.Cont
 }
 
 // setOtherProxy reports the rules of other Service proxies. While there are any, Fairlead's
-// rules take precedence.
+// rules take precedence. With --service-proxy-name, another proxy is expected.
 func (d *dispatcher) setOtherProxy(rules []otherproxy.Rules) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -40,6 +41,10 @@ func (d *dispatcher) setOtherProxy(rules []otherproxy.Rules) {
 		d.log.Info("rules of other Service proxies are gone from this node")
 	}
 	for _, r := range rules {
+		if d.proxyName != "" {
+			d.log.Info("another Service proxy serves the Services without the label "+kube.LabelServiceProxyName, "rules", r.String())
+			continue
+		}
 		d.log.Warn("rules of another Service proxy found on this node; Fairlead's rules take precedence", "rules", r.String(), "effect", r.Effect(),
 			"fix", "kube-proxy --cleanup, or "+r.RemovalCommands())
 		d.events.OtherProxy(r.String(), r.Effect(), r.RemovalCommands())

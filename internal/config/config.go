@@ -199,6 +199,7 @@ func parse(in input) (Config, error) {
 		DetectLocal:       p.detectLocal(&c),
 		NodePortAddresses: p.nodePortAddresses(c),
 		PingServiceIPs:    p.boolean("ping-service-ips"),
+		ServiceProxyName:  p.serviceProxyName(),
 	}
 	wildcard, loopback := "0.0.0.0", "127.0.0.1"
 	if bind.Is6() {
@@ -215,6 +216,17 @@ func parse(in input) (Config, error) {
 	c.LogLevel, c.LogFormat = p.logging()
 	p.warnIgnored(&c)
 	return c, errors.Join(p.errs...)
+}
+
+// serviceProxyName returns the value of the label of the Services to serve, empty for Services
+// without the label.
+func (p *parser) serviceProxyName() string {
+	const name = "service-proxy-name"
+	value := p.text(name)
+	if !kube.IsLabelValue(value) {
+		p.fail(name, "%q is not a valid label value: write it as fairlead or example.com_proxy-1", value)
+	}
+	return value
 }
 
 // conntrack returns the settings of connection tracking.

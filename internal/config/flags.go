@@ -165,6 +165,11 @@ func settings() []setting {
 				"localhost (TCP only, relayed) or all (except localhost). Empty: primary; with --mode=ipvs, --proxy-mode=iptables or --manifests: all",
 		},
 		{
+			name: "service-proxy-name", kind: kindString, fairleadOnly: true,
+			usage: "serve only Services with the label service.kubernetes.io/service-proxy-name=NAME, beside kube-proxy, which ignores them; " +
+				"empty: Services without the label",
+		},
+		{
 			name: "ping-service-ips", kind: kindBool, defaultValue: "false", fairleadOnly: true,
 			usage: "answer pings to the addresses of Services with endpoints",
 		},

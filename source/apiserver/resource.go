@@ -44,13 +44,22 @@ func (res resource) groupVersion() schema.GroupVersion {
 
 // addSelectors adds selectors that leave out objects which this node does not need. The
 // server reports an object that stops matching as deleted.
-func (res resource) addSelectors(opts *metav1.ListOptions, nodeName string) {
+//
+// The EndpointSlice controller copies the labels of a Service to its slices. Slices that a user
+// writes may lack them, so the default proxy does not filter them by proxy.
+func (res resource) addSelectors(opts *metav1.ListOptions, nodeName, proxyName string) {
 	switch res {
 	case services:
 		opts.LabelSelector = "!" + kube.LabelServiceProxyName
+		if proxyName != "" {
+			opts.LabelSelector = kube.LabelServiceProxyName + "=" + proxyName
+		}
 		opts.FieldSelector = "spec.clusterIP!=" + corev1.ClusterIPNone
 	case endpointSlices:
 		opts.LabelSelector = "!" + corev1.IsHeadlessService
+		if proxyName != "" {
+			opts.LabelSelector += "," + kube.LabelServiceProxyName + "=" + proxyName
+		}
 	case nodes:
 		opts.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, nodeName).String()
 	case serviceCIDRs:

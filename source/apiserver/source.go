@@ -41,6 +41,9 @@ type Options struct {
 	Config *rest.Config
 	// NodeName is the name of this node's Node object.
 	NodeName string
+	// ServiceProxyName selects the Services and EndpointSlices with this value of the label
+	// [kube.LabelServiceProxyName]. If it is empty, the Services without the label are selected.
+	ServiceProxyName string
 	// Version is the program's version for the user agent. It may be empty.
 	Version string
 	// BatchPeriod is the average minimum interval between two reads of a connection while
@@ -69,6 +72,7 @@ type Options struct {
 // Source delivers the objects of an API server.
 type Source struct {
 	nodeName   string
+	proxyName  string
 	log        *slog.Logger
 	clients    clients
 	trimmer    *trimmer
@@ -96,6 +100,7 @@ func New(opts Options) (*Source, error) {
 	}
 	s := &Source{
 		nodeName:   opts.NodeName,
+		proxyName:  opts.ServiceProxyName,
 		log:        log,
 		clients:    clients,
 		trimmer:    newTrimmer(),
@@ -376,7 +381,7 @@ func afterOrDone(ctx context.Context, d time.Duration) <-chan time.Time {
 }
 
 func (r *resourceReflector) newRequest(opts *metav1.ListOptions) *rest.Request {
-	r.resource.addSelectors(opts, r.source.nodeName)
+	r.resource.addSelectors(opts, r.source.nodeName, r.source.proxyName)
 	return r.source.clients[r.resource.groupVersion()].Get().Resource(string(r.resource)).VersionedParams(opts, metav1.ParameterCodec)
 }
 

@@ -243,7 +243,7 @@ func (w *watchdog) historyContinues(ctx context.Context) (bool, error) {
 	defer cancel()
 	newest := w.unverified.newest
 	opts := metav1.ListOptions{Limit: 1}
-	w.resource.addSelectors(&opts, w.source.nodeName)
+	w.resource.addSelectors(&opts, w.source.nodeName, w.source.proxyName)
 	if newest.version != "" {
 		selectors := []string{fields.OneTermEqualSelector(metav1.ObjectNameField, newest.name.Name).String()}
 		if opts.FieldSelector != "" {

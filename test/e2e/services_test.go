@@ -8,6 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"slices"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -420,6 +423,59 @@ func TestServiceProxyName(t *testing.T) {
 	s.waitFails(client, tcpTo(web.addrPort(80)), nettest.ErrRefused, nettest.ErrTimeout)
 	web.update(func(v *corev1.Service) { v.Labels = nil })
 	s.waitReaches(client, tcpTo(web.addrPort(80)), only)
+}
+
+// TestNamedProxy runs Fairlead with --service-proxy-name beside the real kube-proxy. Each serves only
+// its own Services, and a Service changes its proxy with its label.
+func TestNamedProxy(t *testing.T) {
+	if os.Getenv(kubeProxyEnv) != "" {
+		t.Skip("kube-proxy runs in place of Fairlead")
+	}
+	s := newScenario(t, sharedCluster)
+	args := s.fairlead.args
+	s.must(s.fairlead.stop())
+	s.fairlead.args = append(slices.Clone(args), "--service-proxy-name=try")
+	t.Cleanup(func() { // after kube-proxy's cleanup, which starts Fairlead
+		s.fairlead.args = args
+		s.must(s.fairlead.kill())
+		s.must(s.start(context.WithoutCancel(s.ctx)))
+	})
+	labeled := func(v *corev1.Service) {
+		v.Labels = map[string]string{"service.kubernetes.io/service-proxy-name": "try"}
+	}
+	mine, other := s.createService("mine", labeled), s.createService("other")
+	minePod, otherPod, client := s.createPod("mine"), s.createPod("other"), s.addClient()
+	s.must(s.start(s.ctx))
+	s.waitReaches(client, tcpTo(mine.addrPort(80)), minePod)
+	kubeProxy := newKubeProxy(s, "nftables", "")
+	kubeProxy.startAndWait(otherPod)
+	s.checkReaches(client, []destination{tcpTo(other.addrPort(80))}, otherPod)
+	s.checkReaches(client, []destination{tcpTo(mine.addrPort(80))}, minePod)
+	for _, table := range []struct {
+		name              string
+		served, notServed *pod
+	}{{"fairlead", minePod, otherPod}, {"kube-proxy", otherPod, minePod}} {
+		listing, err := kubeProxy.output("nft", "list", "table", "ip", table.name)
+		s.must(err)
+		if !strings.Contains(listing, table.served.IPv4.String()) || strings.Contains(listing, table.notServed.IPv4.String()) {
+			t.Errorf("table %s serves other Services than its own:\n%s", table.name, listing)
+		}
+	}
+	if logged, err := s.fairlead.logged("rules of another Service proxy found", "table ip kube-proxy"); err != nil || logged {
+		t.Errorf("Fairlead reports kube-proxy's rules as a problem: %t, error %v", logged, err)
+	}
+	other.update(labeled)
+	s.eventually(func(context.Context) error {
+		listing, err := kubeProxy.output("nft", "list", "table", "ip", "fairlead")
+		if err == nil && !strings.Contains(listing, otherPod.IPv4.String()) {
+			err = errors.New("Fairlead does not serve the labeled Service")
+		}
+		return err
+	})
+	s.waitReaches(client, tcpTo(other.addrPort(80)), otherPod)
+	mine.update(func(v *corev1.Service) { v.Labels = nil })
+	kubeProxy.waitProgrammed(minePod)
+	s.waitReaches(client, tcpTo(mine.addrPort(80)), minePod)
 }
 
 // TestKubernetesService checks that the API server is reachable through its own Service,
