@@ -56,3 +56,11 @@ func apiResources(api *apiserver.Source) func() []metrics.APIResource {
 		return lists
 	}
 }
+
+// apiConnection returns a function that converts the state of the source's connection.
+func apiConnection(api *apiserver.Source) func() metrics.APIConnection {
+	return func() metrics.APIConnection {
+		s := api.ConnectionStatus()
+		return metrics.APIConnection{Connected: s.Connected, LastResponse: s.LastResponse, Failures: s.Failures}
+	}
+}

@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"k8s.io/client-go/features"
 	"k8s.io/component-base/metrics/legacyregistry"
 	"k8s.io/component-base/metrics/prometheus/feature"
@@ -69,4 +71,11 @@ func (c *clientGates) Add(specs map[features.Feature]features.FeatureSpec) error
 		*c = append(*c, featureGate{string(name), string(spec.PreRelease), features.FeatureGates().Enabled(name)})
 	}
 	return nil
+}
+
+// flagValues returns the values of all flags of a command.
+func flagValues(cmd *cobra.Command) map[string]string {
+	values := map[string]string{}
+	cmd.Flags().VisitAll(func(f *pflag.Flag) { values[f.Name] = f.Value.String() })
+	return values
 }

@@ -3,8 +3,11 @@ package main
 import (
 	"fmt"
 	"net/netip"
+	"os"
+	"os/signal"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -195,5 +198,28 @@ func TestCleanup(t *testing.T) {
 	checkClean()
 	if got := n.generation(); got != generation {
 		t.Errorf("%d commits by the second cleanup, want none", got-generation)
+	}
+}
+
+// TestExitCodes checks the exit code after each signal that ends the program, and that the rules stay
+// in place.
+func TestExitCodes(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t)
+	// A handler in the test makes the program start with the default action.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGHUP)
+	defer signal.Stop(signals)
+	for s, want := range map[syscall.Signal]int{syscall.SIGTERM: 0, syscall.SIGINT: 0, syscall.SIGHUP: 129} {
+		n.run()
+		if err := n.program.cmd.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+		if code := n.program.wait(); code != want {
+			t.Errorf("exit code %d after %s, want %d", code, s, want)
+		}
+		if n.nft("list", "tables") == "" {
+			t.Errorf("no tables after %s", s)
+		}
 	}
 }

@@ -38,6 +38,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer, setClient
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal kills the process
+	ctx, hungUp, stopHangup := endOnHangup(ctx)
+	defer stopHangup()
 	root := &cobra.Command{
 		Use:   "fairlead",
 		Short: "Implement Kubernetes Services on this node",
@@ -59,5 +61,38 @@ to their endpoints.`,
 		}
 		return 1
 	}
+	if hungUp() {
+		return exitHangup
+	}
 	return 0
+}
+
+// exitHangup is the exit code after SIGHUP: 128 plus the number of the signal, as a shell reports
+// it. kube-proxy dies of the signal. Supervisors that restart failed programs, and therefore
+// kube-proxy, restart Fairlead as well.
+const exitHangup = 128 + int(syscall.SIGHUP)
+
+var errHangup = errors.New("SIGHUP received")
+
+// endOnHangup returns a context that ends at SIGHUP, a function that reports whether the signal
+// arrived, and a function that releases resources. Further SIGHUPs have no effect, because systemd
+// may send one directly after SIGTERM. A process whose parent ignores SIGHUP, as nohup does,
+// continues to ignore it.
+func endOnHangup(ctx context.Context) (_ context.Context, received func() bool, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	hangup := make(chan os.Signal, 1)
+	if !signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(hangup, syscall.SIGHUP)
+	}
+	go func() {
+		select {
+		case <-hangup:
+			cancel(errHangup)
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() bool { return errors.Is(context.Cause(ctx), errHangup) }, func() {
+		signal.Stop(hangup)
+		cancel(nil)
+	}
 }

@@ -43,15 +43,15 @@ accepted with a warning.`,
 				_, err := fmt.Fprintln(cmd.OutOrStdout(), text)
 				return err
 			}
-			return runProgram(cmd.Context(), flags, cmd.ErrOrStderr(), setClientLogger)
+			return runProgram(cmd.Context(), flags, flagValues(cmd), cmd.ErrOrStderr(), setClientLogger)
 		},
 	}
 	flags = config.AddFlags(cmd)
 	return cmd
 }
 
-// runProgram implements `fairlead run`.
-func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setClientLogger func(*slog.Logger)) error {
+// runProgram implements `fairlead run`. flags has the flags that are set, and values has all flags.
+func runProgram(ctx context.Context, flags config.Flags, values map[string]string, stderr io.Writer, setClientLogger func(*slog.Logger)) error {
 	c, content, err := config.Load(flags)
 	if err != nil {
 		return err
@@ -75,7 +75,7 @@ func runProgram(ctx context.Context, flags config.Flags, stderr io.Writer, setCl
 		return agent.Initialize(ctx, c, b, log)
 	}
 	options := agent.Options{
-		Config: c, Backend: b, Version: version, KubernetesVersion: kubernetesVersion(), ProcessMetrics: processMetrics(), Logger: log, LogLevel: level,
+		Config: c, Backend: b, Version: version, KubernetesVersion: kubernetesVersion(), ProcessMetrics: processMetrics(), Logger: log, LogLevel: level, Flags: values,
 	}
 	if content != nil {
 		options.File = &agent.ConfigFile{Flags: flags, Content: content}

@@ -47,7 +47,7 @@ func openSource(o *agent.Options) error {
 	if err != nil {
 		return fmt.Errorf("create the API server source: %w", err)
 	}
-	o.Source, o.Events, o.APIResources = s, e, apiResources(s)
+	o.Source, o.Events, o.APIResources, o.APIConnection = s, e, apiResources(s), apiConnection(s)
 	return nil
 }
 

@@ -26,6 +26,7 @@ import (
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/pipeline"
 	"fairlead.io/fairlead/internal/relay"
+	"fairlead.io/fairlead/internal/zpages"
 	"fairlead.io/fairlead/source/manifest/dns"
 	"fairlead.io/fairlead/sync"
 )
@@ -42,6 +43,8 @@ type Options struct {
 	Version string
 	// KubernetesVersion is the release of kube-proxy that the agent corresponds to.
 	KubernetesVersion string
+	// Flags has the values of all flags, for /flagz.
+	Flags map[string]string
 	// ProcessMetrics returns the metrics of the process, see [metrics.Options].
 	ProcessMetrics prometheus.Gatherer
 
@@ -52,6 +55,8 @@ type Options struct {
 	Events Events
 	// APIResources returns the state of the watched API resources, nil without an API server.
 	APIResources func() []metrics.APIResource
+	// APIConnection returns the state of the connection to the API server, nil without one.
+	APIConnection func() metrics.APIConnection
 
 	Logger *slog.Logger
 	// LogLevel is the level of Logger. Reloading the configuration file sets it.
@@ -95,6 +100,7 @@ type Agent struct {
 	progress          *progress
 	dns               *dns.Server      // nil without --dns-listen
 	reloader          *config.Reloader // nil without a configuration file
+	pages             zpages.Options
 }
 
 // New opens the backend and creates the components, without starting or programming anything.
@@ -107,6 +113,7 @@ func New(o Options) (*Agent, error) {
 	a := &Agent{
 		log: log, logLevel: o.LogLevel, config: c, version: o.Version, backend: b, source: o.Source, sourceName: o.SourceName,
 		standby: newStandby(log, instanceDescription(o)),
+		pages:   zpages.Options{Component: "fairlead", Version: o.Version, KubernetesVersion: o.KubernetesVersion, Flags: o.Flags},
 	}
 	var err error
 	var rebuilds observers[backend.Rebuild]
@@ -133,7 +140,7 @@ func New(o Options) (*Agent, error) {
 		a.metrics.AddAffinity(a.affinity.limiter.Stats)
 	}
 	a.nodeHealth = health.NewProxy(health.ProxyOptions{
-		Progress: a.progress.healthProgress, Eligible: state.eligible, OnResponse: a.metrics.RecordHealthResponse,
+		Progress: a.progress.healthProgress, Eligible: state.eligible, APIServer: apiServerHealth(o.APIConnection), OnResponse: a.metrics.RecordHealthResponse,
 	})
 	a.healthChecks = health.NewPorts(health.PortsOptions{
 		Healthy: a.nodeHealth.Healthy, MaxListeners: shares.healthCheckListeners,
@@ -185,7 +192,7 @@ func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 	options := metrics.Options{
 		Version: a.version, Mode: a.config.Mode, KubernetesVersion: o.KubernetesVersion, Process: o.ProcessMetrics, Status: a.pipeline.Syncer.Status, RelayStats: a.relay.Stats,
 		ServerStats: a.limiters.stats, Standby: a.standby.isStandby, WaitingInstances: a.standby.waitingInstances,
-		APIResources: o.APIResources,
+		APIResources: o.APIResources, APIConnection: o.APIConnection,
 	}
 	if a.counters != nil {
 		options.RefusedPackets = a.counters.readRefused
@@ -268,8 +275,14 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	active(a.healthChecks.Run)
 	active(a.dispatcher.events.Run)
-	a.serveHTTP(ctx, group, "healthz-bind-address", a.config.HealthzAddress, a.nodeHealth.Handler(), a.limiters.healthz)
-	a.serveHTTP(ctx, group, "metrics-bind-address", a.config.MetricsAddress, a.metricsHandler(), a.limiters.metrics)
+	a.serveHTTP(ctx, group, httpServer{
+		flag: "healthz-bind-address", address: a.config.HealthzAddress, handler: a.nodeHealth.Handler(), limiter: a.limiters.healthz,
+		report: a.dispatcher.events.HealthzServerFailed,
+	})
+	a.serveHTTP(ctx, group, httpServer{
+		flag: "metrics-bind-address", address: a.config.MetricsAddress, handler: a.metricsHandler(), limiter: a.limiters.metrics,
+		report: a.dispatcher.events.MetricsServerFailed,
+	})
 	if a.reloader != nil {
 		group.Go(func() error { return a.reloader.Run(ctx) })
 	}

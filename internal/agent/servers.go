@@ -11,8 +11,11 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/connlimit"
 	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/internal/zpages"
 	"fairlead.io/fairlead/source/manifest/dns"
 )
 
@@ -46,19 +49,35 @@ func (s serverLimiters) stats() map[string]connlimit.Stats {
 	}
 }
 
-// serveHTTP serves HTTP on an address, if it is not empty. With HardFail, it waits until this
-// instance is active, because the other instance usually listens on the same address.
-func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, flag, address string, handler http.Handler, limiter *connlimit.Limiter) {
-	if address == "" {
+// httpServer describes an HTTP server of the agent.
+type httpServer struct {
+	// flag is the flag that sets the address. An empty address means no server.
+	flag, address string
+	handler       http.Handler
+	limiter       *connlimit.Limiter
+	// report records an Event about a server that cannot listen.
+	report func(error)
+}
+
+// serveHTTP runs an HTTP server. With HardFail, it waits until this instance is active, because
+// the other instance usually listens on the same address. For the same reason, an instance on
+// standby reports no Events.
+func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, s httpServer) {
+	if s.address == "" {
 		return
 	}
 	run := func(ctx context.Context) error {
 		err := health.Serve(ctx, health.ServeOptions{
-			Address: address, Handler: handler, HardFail: a.config.HardFail, Limiter: limiter, RetryNow: a.standby.activated,
-			Logger: a.log.With("setting", flag),
+			Address: s.address, Handler: s.handler, HardFail: a.config.HardFail, Limiter: s.limiter, RetryNow: a.standby.activated,
+			OnError: func(err error) {
+				if a.standby.isActive() {
+					s.report(fmt.Errorf("--%s: %w", s.flag, err))
+				}
+			},
+			Logger: a.log.With("setting", s.flag),
 		})
 		if err != nil {
-			return fmt.Errorf("--%s: %w", flag, err)
+			return fmt.Errorf("--%s: %w", s.flag, err)
 		}
 		return nil
 	}
@@ -68,19 +87,34 @@ func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, flag, addr
 	group.Go(func() error { return run(ctx) })
 }
 
+// apiServerHealth returns a function for the field apiServer of /healthz, nil without an API
+// server.
+func apiServerHealth(connection func() metrics.APIConnection) func() health.APIServer {
+	if connection == nil {
+		return nil
+	}
+	return func() health.APIServer {
+		c := connection()
+		return health.APIServer{Connected: c.Connected, LastResponse: c.LastResponse, Failures: c.Failures}
+	}
+}
+
 // metricsHandler returns the handler of the metrics server, with kube-proxy's paths.
 func (a *Agent) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", a.metrics.Handler())
-	respond := func(text string) http.HandlerFunc {
-		return func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-			w.Header().Set("X-Content-Type-Options", "nosniff")
-			_, _ = io.WriteString(w, text) // fails only if the client has disconnected
-		}
+	mux.Handle("/metrics/slis", a.metrics.SLIHandler())
+	mux.HandleFunc("/proxyMode", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		_, _ = io.WriteString(w, cmp.Or(a.backend.KubeProxyName, a.backend.Name)) // fails only if the client has disconnected
+	})
+	pages := a.pages
+	pages.OnHealthCheck = a.metrics.RecordHealthCheck
+	if a.config.Profiling {
+		pages.SetVerbosity = a.setVerbosity
 	}
-	mux.Handle("/healthz", respond("ok"))
-	mux.Handle("/proxyMode", respond(cmp.Or(a.backend.KubeProxyName, a.backend.Name)))
+	zpages.Install(mux, pages, "/metrics", "/proxyMode")
 	if a.config.Profiling {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
@@ -89,6 +123,15 @@ func (a *Agent) metricsHandler() http.Handler {
 		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	}
 	return mux
+}
+
+// setVerbosity sets the level of the log to a verbosity of kube-proxy.
+func (a *Agent) setVerbosity(v uint64) {
+	level := slog.LevelInfo
+	if v >= config.DebugVerbosity {
+		level = slog.LevelDebug
+	}
+	a.logLevel.Set(level)
 }
 
 // serveDNS starts the DNS server, if it is configured. On standby, the server starts when this

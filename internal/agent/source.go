@@ -25,6 +25,8 @@ type Events interface {
 	// ModeReplaced reports that another mode of kube-proxy is configured than the one that
 	// Fairlead runs in.
 	ModeReplaced(notice string)
+	HealthzServerFailed(err error)
+	MetricsServerFailed(err error)
 }
 
 var _ Events = NoEvents{}
@@ -58,3 +60,9 @@ func (NoEvents) TableRebuilt(string, string) {}
 
 // ModeReplaced implements Events.
 func (NoEvents) ModeReplaced(string) {}
+
+// HealthzServerFailed implements Events.
+func (NoEvents) HealthzServerFailed(error) {}
+
+// MetricsServerFailed implements Events.
+func (NoEvents) MetricsServerFailed(error) {}

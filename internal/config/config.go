@@ -80,6 +80,10 @@ type APIServer struct {
 	BatchPeriod, MassRemovalDelay   time.Duration
 }
 
+// DebugVerbosity is the lowest verbosity of kube-proxy's flag --v that enables debug logs.
+// kube-proxy's manifests commonly set -v=2.
+const DebugVerbosity = 4
+
 // Default ports of kube-proxy's servers.
 const (
 	healthzPort = "10256"
@@ -486,9 +490,7 @@ func (p *parser) logging() (slog.Level, string) {
 	if err != nil {
 		p.fail("log-level", "%w", err)
 	}
-	// kube-proxy's manifests commonly set -v=2, so only higher levels enable debug logs.
-	const debugging = 4
-	if v := p.integer("v", 0, 1<<31-1); v >= debugging && p.values["log-level"] == "" {
+	if v := p.integer("v", 0, 1<<31-1); v >= DebugVerbosity && p.values["log-level"] == "" {
 		level = slog.LevelDebug
 	}
 	name := "log-format"

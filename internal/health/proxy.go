@@ -27,6 +27,9 @@ type ProxyOptions struct {
 	// Eligible reports whether load balancers should use this node, according to its Node
 	// object.
 	Eligible func() bool
+	// APIServer returns the state of the connection to the API server for /healthz. Nil means
+	// that there is no API server.
+	APIServer func() APIServer
 	// OnResponse, if not nil, is called with the path and the HTTP status of each response.
 	OnResponse func(path string, status int)
 	// Timeout defaults to [DefaultTimeout].
@@ -61,6 +64,17 @@ type healthResponse struct {
 	NodeEligible *bool                   `json:"nodeEligible,omitempty"`
 	Healthy      bool                    `json:"healthy"`
 	Status       map[string]familyStatus `json:"status,omitempty"`
+	APIServer    *APIServer              `json:"apiServer,omitempty"` // Fairlead's own
+}
+
+// APIServer describes the connection to the API server. It does not affect the HTTP status,
+// because programmed Services work without the API server.
+type APIServer struct {
+	Connected bool `json:"connected"`
+	// LastResponse is when the API server last answered a request; zero means never.
+	LastResponse time.Time `json:"lastResponse,omitzero"`
+	// Failures lists the resources whose last request failed, with the reason.
+	Failures []string `json:"failures,omitempty"`
 }
 
 type familyStatus struct {
@@ -71,25 +85,31 @@ type familyStatus struct {
 // Handler serves /healthz, which returns 200 if the node is healthy and eligible, and /livez,
 // which returns 200 if it is healthy. Otherwise both return 503. The body is a JSON object.
 // Its field healthy does not depend on eligibility. lastUpdated is the current time if the
-// status is 200, and the last success otherwise. Both IP families are programmed together, so
+// status is 200, and the last success otherwise. The body of /healthz also describes the
+// connection to the API server. Both IP families are programmed together, so
 // they always have the same status.
 func (p *Proxy) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
 		eligible := p.options.Eligible()
-		p.respond(w, "/healthz", &eligible)
+		var server *APIServer
+		if p.options.APIServer != nil {
+			s := p.options.APIServer()
+			server = &s
+		}
+		p.respond(w, "/healthz", &eligible, server)
 	})
 	mux.HandleFunc("/livez", func(w http.ResponseWriter, _ *http.Request) {
-		p.respond(w, "/livez", nil)
+		p.respond(w, "/livez", nil, nil)
 	})
 	return mux
 }
 
-func (p *Proxy) respond(w http.ResponseWriter, path string, eligible *bool) {
+func (p *Proxy) respond(w http.ResponseWriter, path string, eligible *bool, server *APIServer) {
 	progress, now := p.options.Progress(), time.Now()
 	a := healthResponse{
 		LastUpdated: progress.LastSuccess, CurrentTime: now,
-		NodeEligible: eligible, Healthy: p.healthy(progress, now),
+		NodeEligible: eligible, Healthy: p.healthy(progress, now), APIServer: server,
 	}
 	if !progress.LastSuccess.IsZero() {
 		f := familyStatus{LastUpdated: progress.LastSuccess, Healthy: a.Healthy}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -78,6 +79,29 @@ func TestProxyStatus(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestAPIServerStatus checks that /healthz describes the connection to the API server, and that the
+// connection does not affect the status.
+func TestAPIServerStatus(t *testing.T) {
+	t.Parallel()
+	connection := health.APIServer{Failures: []string{"services: unreachable"}}
+	proxy := health.NewProxy(health.ProxyOptions{
+		Progress:  func() health.Progress { return health.Progress{} },
+		Eligible:  func() bool { return true },
+		APIServer: func() health.APIServer { return connection },
+	})
+	check := func(path, want string, contains bool) {
+		t.Helper()
+		got := get(t, proxy.Handler(), path)
+		if got.Code != http.StatusOK || strings.Contains(got.Body.String(), want) != contains {
+			t.Errorf("%s: status %d, body %s, want %s (%v)", path, got.Code, got.Body, want, contains)
+		}
+	}
+	check("/healthz", `"apiServer":{"connected":false,"failures":["services: unreachable"]}`, true)
+	check("/livez", "apiServer", false)
+	connection = health.APIServer{Connected: true, LastResponse: time.Unix(1, 0).UTC()}
+	check("/healthz", `"apiServer":{"connected":true,"lastResponse":"1970-01-01T00:00:01Z"}`, true)
 }
 
 // TestProxyBodies compares the bodies, including the order of fields, with kube-proxy's.

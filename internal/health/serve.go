@@ -56,6 +56,8 @@ type ServeOptions struct {
 	// HardFail makes Serve return an error if it cannot listen. Otherwise it logs a Warn and
 	// retries every [RetryPeriod].
 	HardFail bool
+	// OnError, if not nil, is called after each failed attempt to serve.
+	OnError func(error)
 	// RetryNow, when closed, makes a waiting Serve retry immediately. It may be nil.
 	RetryNow <-chan struct{}
 	// Listen opens the socket. Nil uses this process's network namespace.
@@ -83,6 +85,9 @@ func Serve(ctx context.Context, options ServeOptions) error {
 	warned := ""
 	for {
 		err := serve(ctx, options)
+		if err != nil && options.OnError != nil {
+			options.OnError(err)
+		}
 		switch {
 		case err == nil:
 			return nil

@@ -1,6 +1,10 @@
 package metrics
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
 
 // APIResource describes the list and watch of one API resource.
 type APIResource struct {
@@ -70,4 +74,36 @@ func (a *apiCollector) Collect(ch chan<- prometheus.Metric) {
 			ch <- prometheus.MustNewConstMetric(a.recoveries, prometheus.CounterValue, float64(n), l.Resource, reason)
 		}
 	}
+}
+
+// APIConnection describes the connection to the API server.
+type APIConnection struct {
+	// Connected reports whether the API server answers requests.
+	Connected bool
+	// LastResponse is when it last answered a request; zero means never.
+	LastResponse time.Time
+	// Failures lists the resources whose last request failed, with the reason.
+	Failures []string
+}
+
+// addAPIConnection adds the metrics of the connection to the API server.
+func (m *Metrics) addAPIConnection(connection func() APIConnection) {
+	gauge := func(name, help string, value func(APIConnection) float64) {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: namespace, Name: name, Help: help}, func() float64 {
+			return value(connection())
+		}))
+	}
+	gauge("api_connected", "1 if the API server answers requests, 0 if not or not yet.", func(c APIConnection) float64 {
+		if c.Connected {
+			return 1
+		}
+		return 0
+	})
+	gauge("api_last_response_timestamp_seconds", "Time of the last answer of the API server to a list or watch request; 0 before the first one.",
+		func(c APIConnection) float64 {
+			if c.LastResponse.IsZero() {
+				return 0
+			}
+			return float64(c.LastResponse.UnixMilli()) / 1000
+		})
 }

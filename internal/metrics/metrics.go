@@ -57,6 +57,9 @@ type Options struct {
 	// APIResources returns the state of the watched API resources. Nil means that the source is
 	// not an API server.
 	APIResources func() []APIResource
+	// APIConnection returns the state of the connection to the API server. Nil means that the
+	// source is not an API server.
+	APIConnection func() APIConnection
 }
 
 // Metrics holds the metrics of the agent. Its methods are safe for concurrent use and do not
@@ -84,6 +87,8 @@ type Metrics struct {
 	configValid                   prometheus.Gauge
 	otherProxy                    *prometheus.GaugeVec
 	rebuilds                      *prometheus.CounterVec
+
+	healthChecks healthChecks
 
 	mu               stdsync.Mutex
 	programmed       bool // a call to the dataplane has succeeded
@@ -135,6 +140,7 @@ func New(options Options) *Metrics {
 		triggers:         map[service][]trigger{},
 		noLocalEndpoints: map[trafficPolicy]map[dataplane.Key]int{internal: {}, external: {}},
 	}
+	m.healthChecks = m.newHealthChecks()
 	m.addKubernetes()
 	m.addKubeProxy()
 	m.addFairlead()
@@ -149,6 +155,9 @@ func New(options Options) *Metrics {
 	}
 	if options.APIResources != nil {
 		m.registry.MustRegister(newAPICollector(options.APIResources))
+	}
+	if options.APIConnection != nil {
+		m.addAPIConnection(options.APIConnection)
 	}
 	if options.RefusedPackets != nil {
 		m.registry.MustRegister(newRefusedCollector(options.RefusedPackets))

@@ -35,6 +35,8 @@ type connectionState struct {
 	lastFailure   map[resource]failedRequest
 	failureTime   map[resource]time.Time
 	failureCounts map[failedRequest]uint64
+	// lastResponse is when the server last answered a request, even with an error.
+	lastResponse time.Time
 	// failureBegan holds one element when requests start to fail.
 	failureBegan chan struct{}
 }
@@ -47,17 +49,21 @@ type failedRequest struct {
 	code string
 }
 
-const codeUnreachable = "unreachable"
+const (
+	codeUnreachable = "unreachable"
+	codeTimeout     = "timeout"
+	codeError       = "error"
+)
 
 func newFailedRequest(res resource, verb string, err error) failedRequest {
-	a := failedRequest{resource: res, verb: verb, code: "error"}
+	a := failedRequest{resource: res, verb: verb, code: codeError}
 	status, answered := errors.AsType[*apierrors.StatusError](err)
 	_, unreachable := errors.AsType[*url.Error](err)
 	switch {
 	case answered:
 		a.code = strconv.Itoa(int(status.ErrStatus.Code))
 	case errors.Is(err, errTimeout):
-		a.code = "timeout"
+		a.code = codeTimeout
 	case unreachable:
 		a.code = codeUnreachable
 	}
@@ -69,6 +75,9 @@ func (f failedRequest) String() string { return string(f.resource) + ": " + f.co
 
 // recordLocked stores the result of a request. The caller holds mu.
 func (c *connectionState) recordLocked(res resource, verb string, err error) {
+	if code := newFailedRequest(res, verb, err).code; err == nil || code != codeUnreachable && code != codeTimeout && code != codeError {
+		c.lastResponse = time.Now()
+	}
 	before, failing := c.lastFailure[res]
 	switch {
 	case err != nil && !isExpired(err):
@@ -120,6 +129,20 @@ func (c *connectionState) describeFailures() []string {
 		}
 	}
 	return failures
+}
+
+// status returns the state of the connection.
+func (c *connectionState) status() ConnectionStatus {
+	failures := c.describeFailures()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := ConnectionStatus{Connected: !c.lastResponse.IsZero(), LastResponse: c.lastResponse, Failures: failures}
+	for _, f := range c.lastFailure {
+		if f.code == codeUnreachable || f.code == codeTimeout {
+			s.Connected = false
+		}
+	}
+	return s
 }
 
 func newConnectionState(log *slog.Logger, credentials string) *connectionState {
@@ -211,6 +234,7 @@ func (c *connectionState) onOptionalDenied(ctx context.Context, res resource, ve
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.failureCounts[newFailedRequest(res, verb, err)]++
+	c.lastResponse = time.Now()
 	delete(c.lastFailure, res)
 	c.onAnsweredLocked(ctx, res)
 	c.onAuthenticatedLocked(ctx, res)

@@ -35,6 +35,10 @@ const (
 	// ReasonStarting is for the Node when the program starts. kube-proxy uses the same
 	// reason.
 	ReasonStarting = "Starting"
+	// ReasonHealthz is for a Node whose health server cannot listen, and ReasonMetrics for a
+	// Node whose metrics server cannot. kube-proxy uses the same reasons.
+	ReasonHealthz = "FailedToStartProxierHealthcheck"
+	ReasonMetrics = "FailedToStartMetricServer"
 	// ReasonOtherProxy is for a Node that has rules of another Service proxy.
 	ReasonOtherProxy = "OtherServiceProxy"
 	// ReasonModeReplaced is for a Node whose configuration asks for a mode of kube-proxy that
@@ -50,6 +54,7 @@ const (
 
 const (
 	reportingController = "fairlead"
+	actionStart         = "StartFairlead"
 	// eventsPerSecond and eventsBurst limit the Events of one node.
 	eventsPerSecond = 5
 	eventsBurst     = 10
@@ -190,7 +195,7 @@ func (e *Events) Apply(d kube.Delta) {
 	now := time.Now()
 	e.enqueueLocked(report{
 		regarding: e.node, at: now, name: fmt.Sprintf("%s.%x", e.nodeName, now.UnixNano()), eventType: corev1.EventTypeNormal,
-		reason: ReasonStarting, action: "StartFairlead", note: "fairlead programs the Services of this node",
+		reason: ReasonStarting, action: actionStart, note: "fairlead programs the Services of this node",
 	})
 	for _, r := range e.beforeStart {
 		e.warnLocked(e.node, r)
@@ -201,18 +206,32 @@ func (e *Events) Apply(d kube.Delta) {
 // OtherProxy reports that this node has rules of another Service proxy, with their effect
 // and the command that removes them.
 func (e *Events) OtherProxy(rules, effect, remove string) {
-	r := report{
+	e.warnNode(report{
 		reason: ReasonOtherProxy, action: "LookForOtherProxies",
 		note: fmt.Sprintf("this node has rules of %s. Fairlead's rules come first, but %s. Remove the rules with kube-proxy --cleanup, or with: %s",
 			rules, effect, remove),
-	}
-	e.warnNode(r)
+	})
 }
 
 // ModeReplaced reports that the configuration of this node asks for a mode of kube-proxy that
 // Fairlead replaces by another one.
 func (e *Events) ModeReplaced(notice string) {
-	e.warnNode(report{reason: ReasonModeReplaced, action: "StartFairlead", note: notice})
+	e.warnNode(report{reason: ReasonModeReplaced, action: actionStart, note: notice})
+}
+
+// HealthzServerFailed reports that the health server cannot listen. It may be called for each
+// attempt.
+func (e *Events) HealthzServerFailed(err error) { e.serverFailed(ReasonHealthz, err) }
+
+// MetricsServerFailed reports that the metrics server cannot listen. It may be called for each
+// attempt.
+func (e *Events) MetricsServerFailed(err error) { e.serverFailed(ReasonMetrics, err) }
+
+// serverFailed does not wait for the Node's UID, because the error may end the program.
+func (e *Events) serverFailed(reason string, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.warnLocked(e.node, report{reason: reason, action: actionStart, note: err.Error()})
 }
 
 // warnNode reports a problem of this node, once its UID is known.

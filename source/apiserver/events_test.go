@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -207,6 +208,34 @@ func TestEventRateLimit(t *testing.T) {
 		stop()
 		if !strings.Contains(logs.String(), "dropped=") {
 			t.Errorf("log does not report the dropped Events: %s", &logs)
+		}
+	})
+}
+
+// TestServerEvents checks that the Events about servers that cannot listen are sent although the
+// program ends at once.
+func TestServerEvents(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var bodies string
+		config := &rest.Config{Host: "http://api", Transport: roundTripper(func(r *http.Request) (*http.Response, error) {
+			body, err := io.ReadAll(r.Body)
+			mu.Lock()
+			defer mu.Unlock()
+			bodies += string(body)
+			return newResponse(r, http.StatusCreated, `{"apiVersion":"events.k8s.io/v1","kind":"Event"}`), err
+		})}
+		events, stop := startEvents(t, apiserver.EventOptions{Config: config, NodeName: "n"})
+		for range 3 {
+			events.HealthzServerFailed(errors.New("healthz: address already in use"))
+			events.MetricsServerFailed(errors.New("metrics: address already in use"))
+		}
+		stop()
+		for _, want := range []string{"FailedToStartProxierHealthcheck", "FailedToStartMetricServer", "healthz: address", "metrics: address"} {
+			if n := strings.Count(bodies, want); n != 1 {
+				t.Errorf("%q is in %d Events, want 1:\n%s", want, n, bodies)
+			}
 		}
 	})
 }

@@ -1,5 +1,7 @@
 package apiserver
 
+import "time"
+
 // Stats describes the state of one list and watch.
 type Stats struct {
 	// Resource is the plural name of the resource in the API, such as "endpointslices".
@@ -42,3 +44,19 @@ func (s *Source) Stats() []Stats {
 	}
 	return all
 }
+
+// ConnectionStatus describes the connection to the API server.
+type ConnectionStatus struct {
+	// Connected reports whether the server answered the last request of each list and watch,
+	// even with an error. It is false before the first answer.
+	Connected bool
+	// LastResponse is when the server last answered a request; zero means never.
+	LastResponse time.Time
+	// Failures lists the resources whose last request failed, with the HTTP status or another
+	// reason.
+	Failures []string
+}
+
+// ConnectionStatus returns the state of the connection. It is safe for concurrent use and does
+// not block.
+func (s *Source) ConnectionStatus() ConnectionStatus { return s.connection.status() }

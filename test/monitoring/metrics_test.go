@@ -80,7 +80,10 @@ func TestMetrics(t *testing.T) {
 	kube, fair := kubeProxy(t), fairlead(t)
 	kube.awaitProgrammed()
 	fair.awaitProgrammed()
-	for _, path := range []string{"/metrics"} {
+	for _, p := range []*proxy{kube, fair} {
+		p.get("/healthz") // a health check for /metrics/slis
+	}
+	for _, path := range []string{"/metrics", "/metrics/slis"} {
 		want, got := parseMetrics(t, kube.get(path)), parseMetrics(t, fair.get(path))
 		used := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(want)) {
