@@ -377,12 +377,12 @@ func TestHelp(t *testing.T) {
 		{nil, []string{"Kubernetes Service", "run ", "cleanup ", "version ", "completion "}},
 		{[]string{"run", "--help"}, []string{
 			"SIGTERM", `"fairlead cleanup"`, "fairlead run --mode=nft --manifests=", "fairlead run --kubeconfig=",
-			"--mode=ipvs --ipvs-scheduler=lc", "fairlead.io/ipvs-scheduler", "with --mode=ipvs or --manifests: all",
+			"--mode=ipvs --ipvs-scheduler=lc", "fairlead.io/ipvs-scheduler", "with --mode=ipvs, --proxy-mode=iptables or --manifests: all",
 			"--ipvs-scheduler ", "--ipvs-exclude-cidrs ", "--ipvs-strict-arp ", "--ipvs-tcp-timeout ", "--ipvs-tcpfin-timeout ", "--ipvs-udp-timeout ",
 			"--mode ", "--manifests ", "--service-cidr ", "--cluster-cidr ", "--dns-listen ", "--cluster-domain ",
 			"--hostname-override ", "--log-level ", "--log-format ", "--kubeconfig ", "--nodeport-addresses ",
 			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ", "--batch-period ", "--mass-removal-delay ", "--give-way-after ",
-			"--nft-own-table ",
+			"--nft-own-table ", "--version ", "--cleanup ", "--write-config-to ", "--kube-proxy-defaults ", "--iptables-localhost-nodeports ",
 		}},
 		{[]string{"cleanup", "--help"}, []string{"Remove everything", "Other\nprograms' rules are not changed"}},
 	}

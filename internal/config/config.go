@@ -319,7 +319,11 @@ func (p *parser) setSource(c *Config) {
 		reason = "requires --manifests: with an API server, the cluster's own setting applies"
 	}
 	for _, name := range exclude {
-		if _, ok := p.values[name]; ok {
+		_, ok := p.values[name]
+		switch {
+		case ok && p.label(name) != "--"+name:
+			c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: "--manifests is set"})
+		case ok:
 			p.fail(name, "%s", reason)
 		}
 	}
