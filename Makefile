@@ -55,6 +55,10 @@ controlplane: ## build etcd and Kubernetes for tests in .cache; the first build 
 kube-proxy: ## build kube-proxy for tests and benchmarks in .cache; the first build takes some minutes
 	@bench/kubeproxy/build.sh
 
+.PHONY: kube-proxy-flags
+kube-proxy-flags: kube-proxy ## write the list of kube-proxy's flags that a test compares with docs/compatibility.md
+	.cache/kube-proxy/kube-proxy --help | grep -oE '^ +(-[a-z], )?--[a-z0-9-]+' | sed 's/.*--//' | sort >cmd/fairlead/testdata/kube-proxy-flags.txt
+
 # -race needs cgo and therefore the C compiler that deps installs.
 .PHONY: test
 test: deps nftables controlplane ## run all tests except e2e with the race detector, and briefly all fuzz targets and benchmarks (root)

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"fmt"
 	"log/slog"
+	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -316,27 +319,57 @@ fairlead: --log-format: unknown format "x": use text or json
 	}
 }
 
-// TestKubeProxyFlags checks that Fairlead accepts every flag of kube-proxy 1.37 on Linux, so that
-// command lines of kube-proxy work unchanged.
+// TestKubeProxyFlags checks that Fairlead accepts every flag of kube-proxy on Linux, so that command
+// lines of kube-proxy work unchanged, and that docs/compatibility.md lists them.
 func TestKubeProxyFlags(t *testing.T) {
 	t.Parallel()
-	const flags = `
-		bind-address bind-address-hard-fail cleanup cluster-cidr config config-sync-period conntrack-max-per-core
-		conntrack-min conntrack-tcp-be-liberal conntrack-tcp-timeout-close-wait conntrack-tcp-timeout-established
-		conntrack-udp-timeout conntrack-udp-timeout-stream detect-local-mode feature-gates healthz-bind-address
-		healthz-port hostname-override init-only iptables-localhost-nodeports iptables-masquerade-bit
-		iptables-min-sync-period iptables-sync-period ipvs-exclude-cidrs ipvs-min-sync-period ipvs-scheduler
-		ipvs-strict-arp ipvs-sync-period ipvs-tcp-timeout ipvs-tcpfin-timeout ipvs-udp-timeout kube-api-burst
-		kube-api-content-type kube-api-qps kubeconfig log-flush-frequency log-json-info-buffer-size
-		log-json-split-stream log-text-info-buffer-size log-text-split-stream logging-format masquerade-all master
-		metrics-bind-address metrics-port nodeport-addresses oom-score-adj pod-bridge-interface
-		pod-interface-name-prefix profiling proxy-mode show-hidden-metrics-for-version v version vmodule write-config-to
-`
+	text, err := os.ReadFile("testdata/kube-proxy-flags.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags := strings.Fields(string(text))
 	known := runCommand(ignoreClientLogger).Flags()
-	for name := range strings.FieldsSeq(flags) {
+	known.Bool("help", false, "cobra adds this flag when it parses a command line")
+	for _, name := range append([]string{"healthz-port", "metrics-port"}, flags...) { // the help hides deprecated flags
 		if known.Lookup(name) == nil {
 			t.Errorf("no flag --%s", name)
 		}
+	}
+	document, err := os.ReadFile("../../docs/compatibility.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var documented []string
+	for _, row := range regexp.MustCompile("(?m)^\\| `--([^`]+)` \\| .+ \\|$").FindAllStringSubmatch(string(document), -1) {
+		documented = append(documented, row[1])
+	}
+	if diff := cmp.Diff(flags, documented); diff != "" {
+		t.Errorf("flags in docs/compatibility.md (-want +got):\n%s", diff)
+	}
+}
+
+// TestKubeProxyHelp compares the list of kube-proxy's flags with the help of the real kube-proxy.
+func TestKubeProxyHelp(t *testing.T) {
+	t.Parallel()
+	const kubeProxy = "../../.cache/kube-proxy/kube-proxy"
+	if _, err := os.Stat(kubeProxy); err != nil {
+		t.Skip("run make kube-proxy: ", err)
+	}
+	help, err := exec.CommandContext(t.Context(), kubeProxy, "--help").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, help)
+	}
+	var got []string
+	for _, flag := range regexp.MustCompile(`(?m)^ +(?:-\w, )?--([a-z0-9-]+)`).FindAllSubmatch(help, -1) {
+		got = append(got, string(flag[1]))
+	}
+	slices.Sort(got)
+	want, err := os.ReadFile("testdata/kube-proxy-flags.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(strings.Fields(string(want)), got); diff != "" {
+		t.Errorf("kube-proxy's flags have changed: run make kube-proxy-flags and update docs/compatibility.md (-want +got):\n%s", diff)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -591,6 +592,36 @@ func TestConfigFields(t *testing.T) {
 	for field := range flags {
 		if !seen[field] {
 			t.Errorf("%s is not a field of kube-proxy's configuration", field)
+		}
+	}
+}
+
+// TestCompatibilityFields checks that docs/compatibility.md lists every field of kube-proxy's
+// configuration, and names the equivalent flag or says that there is no effect.
+func TestCompatibilityFields(t *testing.T) {
+	t.Parallel()
+	document, err := os.ReadFile("../../docs/compatibility.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(document), "\n## Configuration fields\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	documented, flags := map[string]string{}, fieldFlags()
+	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\| (.+) \\|$").FindAllStringSubmatch(section, -1) {
+		documented[row[1]] = row[2]
+	}
+	if diff := cmp.Diff(proxyconfig.Fields(), slices.Sorted(maps.Keys(documented))); diff != "" {
+		t.Errorf("fields in docs/compatibility.md (-want +got):\n%s", diff)
+	}
+	for field, answer := range documented {
+		want := "no effect"
+		if flag, ok := flags[field]; ok {
+			if want = "`--" + flag + "`"; flag == acceptContentTypes {
+				want = "same"
+			}
+		}
+		if !strings.HasPrefix(answer, want) {
+			t.Errorf("docs/compatibility.md: %s: %q, want %s", field, answer, want)
 		}
 	}
 }
