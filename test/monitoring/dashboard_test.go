@@ -126,7 +126,9 @@ func TestDashboard(t *testing.T) {
 						return nil
 					}
 				}
-				if _, ok := noSeries[title]; !ok {
+				// kube-proxy has these series only after the first change of a pod.
+				later := name == "kube-proxy" && strings.HasPrefix(title, "Network programming")
+				if _, ok := noSeries[title]; !ok && !later {
 					t.Errorf("%s: %s: no series for %s", name, title, v)
 				}
 				return nil
