@@ -122,7 +122,9 @@ func TestMetrics(t *testing.T) {
 	n.program = n.start(nil, append(n.runArgs(), "--metrics-bind-address=0.0.0.0", "--profiling", "--healthz-port=0")...)
 	n.awaitGet(n.Outside, n.hostPort(n.Node.IPv6, 10249), "/debug/pprof/", http.StatusOK, "heap")
 	n.awaitClosed(n.hostPort(n.Node.IPv4, 10256))
-	n.program.awaitLog(func(r record) bool { return r.Level == "WARN" && r.Setting == "--healthz-port" })
+	n.program.awaitLog(func(r record) bool {
+		return r.Msg == "settings are deprecated" && strings.HasPrefix(r.Settings, "--healthz-port (")
+	})
 }
 
 // loadBalancerYAML returns a Service with a health-check node port.

@@ -74,7 +74,10 @@ func TestModeStaysUntilRestart(t *testing.T) {
 			}
 			next := was
 			was.Mode, next.Mode = test.runs, test.file
-			a := &Agent{log: comp.log, logLevel: &slog.LevelVar{}, config: was, backend: backendByName(t, test.runs), dispatcher: comp.dispatcher}
+			a := &Agent{
+				log: comp.log, logLevel: &slog.LevelVar{}, config: was, backend: backendByName(t, test.runs), dispatcher: comp.dispatcher,
+				conntrackSettings: newConntrackSettings(was.Conntrack, nil, comp.log),
+			}
 			a.applyConfig(t.Context(), next)
 			if comp.nodePortAddresses.All != test.allAddresses {
 				t.Errorf("node ports on all addresses: %t, want %t", comp.nodePortAddresses.All, test.allAddresses)
