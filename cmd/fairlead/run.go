@@ -63,7 +63,7 @@ func runProgram(ctx context.Context, flags config.Flags, values map[string]strin
 	c.LogWarnings(ctx, log)
 	switch {
 	case c.WriteConfigTo != "":
-		return c.WriteFile(flags)
+		return c.WriteFile()
 	case c.Cleanup:
 		return cleanUp(ctx, log, false)
 	}

@@ -8,9 +8,11 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	stdsync "sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -101,6 +103,8 @@ type Agent struct {
 	dns               *dns.Server      // nil without --dns-listen
 	reloader          *config.Reloader // nil without a configuration file
 	pages             zpages.Options
+	// fields is the KubeProxyConfiguration in effect.
+	fields atomic.Pointer[config.Fields]
 }
 
 // New opens the backend and creates the components, without starting or programming anything.
@@ -115,6 +119,8 @@ func New(o Options) (*Agent, error) {
 		standby: newStandby(log, instanceDescription(o)),
 		pages:   zpages.Options{Component: "fairlead", Version: o.Version, KubernetesVersion: o.KubernetesVersion, Flags: o.Flags},
 	}
+	a.fields.Store(&c.Fields)
+	a.pages.Config = func() (map[string]json.RawMessage, error) { return a.fields.Load().Configz() }
 	var err error
 	var rebuilds observers[backend.Rebuild]
 	if a.dp, err = b.Dial(backend.Options{Logger: log, Values: c.Values, OwnTables: c.OwnTables, OnRebuild: rebuilds.notify}); err != nil {

@@ -23,7 +23,7 @@ func TestBackendWithRequiredFieldsOnly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Mode = "third"
+	c.Mode, c.Fields = "third", nil
 	third := backend.Backend{
 		Name:    c.Mode,
 		Open:    func(backend.Options) (dataplane.Dataplane, error) { return fake.New(fake.Options{}), nil },

@@ -14,6 +14,8 @@ func (a *Agent) applyConfig(ctx context.Context, next config.Config) {
 	for _, what := range a.config.RestartRequired(next) {
 		a.log.WarnContext(ctx, "configuration change needs a restart to take effect", "what", what)
 	}
+	fields := a.config.FieldsAfterReload(next)
+	a.fields.Store(&fields)
 	a.logLevel.Set(next.LogLevel)
 	a.reportReplacedMode(next)
 	a.conntrackSettings.set(next.Conntrack)

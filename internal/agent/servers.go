@@ -107,7 +107,7 @@ func (a *Agent) metricsHandler() http.Handler {
 	mux.HandleFunc("/proxyMode", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
-		_, _ = io.WriteString(w, cmp.Or(a.backend.KubeProxyName, a.backend.Name)) // fails only if the client has disconnected
+		_, _ = io.WriteString(w, cmp.Or(a.fields.Load().Mode(), a.backend.Name)) // fails only if the client has disconnected
 	})
 	pages := a.pages
 	pages.OnHealthCheck = a.metrics.RecordHealthCheck

@@ -32,6 +32,8 @@ type Config struct {
 	Conntrack conntracksettings.Settings
 	// Warnings lists settings that have no effect or are deprecated.
 	Warnings []Warning
+	// Fields has the fields of the KubeProxyConfiguration with the same settings.
+	Fields Fields
 
 	// Mode is the name of the backend, and Values holds the values of its flags.
 	Mode   string

@@ -15,6 +15,7 @@ import (
 type configFile struct {
 	values      Flags // by the names of the equivalent flags
 	content     []byte
+	fields      map[string]string // all fields that kube-proxy knows, by path
 	fieldByFlag map[string]string // origin of each value
 	warnings    []Warning
 }
@@ -103,7 +104,7 @@ func parseConfigFile(content []byte, mode string) (configFile, error) {
 	if err != nil {
 		return configFile{}, err
 	}
-	f := configFile{values: Flags{}, content: content, fieldByFlag: map[string]string{}}
+	f := configFile{values: Flags{}, content: content, fields: document.Fields, fieldByFlag: map[string]string{}}
 	for _, part := range document.Ignored {
 		f.warnings = append(f.warnings, Warning{Setting: part.Name, Reason: part.Reason, Kind: IgnoredField})
 	}

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -84,6 +85,7 @@ func ipvsValues(given backend.Values) backend.Values {
 }
 
 func diffConfigs(want, got Config) string {
+	got.Fields = nil // TestWriteConfig of cmd/fairlead checks them
 	return cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
 		cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }))
 }
@@ -656,6 +658,56 @@ func TestRestartRequired(t *testing.T) {
 				t.Errorf("RestartRequired() = %q, want %q", got, test.want)
 			}
 		})
+	}
+}
+
+// TestFieldsAfterReload checks that /configz and /proxyMode keep the values that a reload does not
+// change.
+func TestFieldsAfterReload(t *testing.T) {
+	t.Parallel()
+	load := func(text string) Config {
+		t.Helper()
+		c, _, err := Load(Flags{"config": writeConfigFile(t, configHeader+text), "v": "3"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	// Every field that needs a restart, and some others.
+	const all = `clientConnection: {kubeconfig: k%[1]s, acceptContentTypes: a%[1]s, contentType: c%[1]s, qps: %[1]s, burst: %[1]s}
+bindAddressHardFail: %[2]t
+enableProfiling: %[2]t
+healthzBindAddress: 127.0.0.1:%[1]s
+metricsBindAddress: 127.0.0.2:%[1]s
+hostnameOverride: n%[1]s
+ipvs: {excludeCIDRs: [10.%[1]s.0.0/16], scheduler: %[3]s, strictARP: %[2]t, tcpTimeout: %[1]ss, tcpFinTimeout: %[1]ss, udpTimeout: %[1]ss}
+logging: {format: %[4]s, verbosity: 2}
+clusterCIDR: 10.%[1]s.0.0/16
+mode: `
+	before := load(fmt.Sprintf(all, "11", true, "rr", "text") + "ipvs")
+	same := load(fmt.Sprintf(all, "12", false, "lc", "json") + "ipvs")
+	other := load(fmt.Sprintf(all, "12", false, "lc", "json") + "iptables")
+	for _, field := range restartFields() {
+		if before.Fields[field] == "" || before.Fields[field] == same.Fields[field] {
+			t.Errorf("%s: %q in both files", field, before.Fields[field])
+		}
+	}
+	want := maps.Clone(before.Fields)
+	want["clusterCIDR"] = "10.12.0.0/16"
+	for _, next := range []Config{same, other} {
+		if diff := cmp.Diff(want, before.FieldsAfterReload(next)); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	}
+	if want["logging.verbosity"] != "3" {
+		t.Errorf("verbosity %s, want the flag's", want["logging.verbosity"])
+	}
+	// A change between two modes of the same backend needs no restart.
+	for _, mode := range []string{"nftables", "iptables"} {
+		next := load("mode: " + mode + "\n")
+		if got := other.FieldsAfterReload(next).Mode(); got != mode {
+			t.Errorf("mode %s, want %s", got, mode)
+		}
 	}
 }
 

@@ -20,6 +20,7 @@ func Load(flags Flags) (c Config, content []byte, err error) {
 	path, ok := flags["config"]
 	if !ok {
 		c, err = parse(fromFlags(flags))
+		c.Fields = c.fields(flags, nil)
 		return c, nil, err
 	}
 	file, err := readConfigFile(path, flags["mode"])
@@ -29,6 +30,7 @@ func Load(flags Flags) (c Config, content []byte, err error) {
 		return c, nil, errors.Join(err, flagsErr)
 	}
 	c, err = parse(mergeConfigFile(flags, file))
+	c.Fields = c.fields(flags, &file)
 	return c, file.content, err
 }
 
@@ -118,9 +120,12 @@ func (r *Reloader) Run(ctx context.Context) error {
 		case <-poll.C:
 			schedule(false)
 		case <-quiet.C:
-			pending = false
 			err := r.addWatches(watcher, path) // before reading, so that no change is missed
-			r.reload(ctx)
+			if wait := r.reload(ctx, limit); wait > 0 {
+				quiet.Reset(wait)
+				continue
+			}
+			pending = false
 			next := r.options.poll
 			if err != nil || r.rejected != nil {
 				next = min(next, retryPeriod)
@@ -162,24 +167,40 @@ func (r *Reloader) addWatches(watcher *fsnotify.Watcher, path string) error {
 }
 
 // reload reads the file and applies changed content. A missing or invalid file is reported
-// once and changes nothing.
-func (r *Reloader) reload(ctx context.Context) {
+// once and changes nothing. If a program may be writing the file, reload returns how long to wait
+// before it must be called again, at most until limit.
+func (r *Reloader) reload(ctx context.Context, limit time.Time) (wait time.Duration) {
 	next, content, err := Load(r.options.Flags)
+	// The timer may have started at an event for another file. Then the file may have been read
+	// between the calls that truncate and write it.
+	if wait := min(quietPeriod-sinceModified(r.options.Flags["config"]), time.Until(limit)); wait > 0 {
+		return wait
+	}
 	if err != nil {
 		now := rejectedFile{err: err.Error()}
 		now.content, _ = os.ReadFile(r.options.Flags["config"]) // empty if the file does not exist
 		if r.rejected != nil && r.rejected.err == now.err && slices.Equal(r.rejected.content, now.content) {
-			return
+			return 0
 		}
 		r.rejected = &now
 		r.options.Logger.ErrorContext(ctx, "configuration file is invalid; keeping the previous configuration until it is fixed", "error", err)
 		r.options.OnResult(err)
-		return
+		return 0
 	}
 	if slices.Equal(content, r.content) && r.rejected == nil {
-		return
+		return 0
 	}
 	r.content, r.rejected = content, nil
 	r.options.Apply(ctx, next)
 	r.options.OnResult(nil)
+	return 0
+}
+
+// sinceModified returns the age of the file's content, or quietPeriod if there is no file.
+func sinceModified(path string) time.Duration {
+	info, err := os.Stat(path)
+	if err != nil {
+		return quietPeriod
+	}
+	return time.Since(info.ModTime())
 }

@@ -1,6 +1,8 @@
 package config
 
 import (
+	"cmp"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"os"
@@ -8,20 +10,21 @@ import (
 	"fairlead.io/fairlead/kube/proxyconfig"
 )
 
-// WriteFile writes the configuration as a KubeProxyConfiguration to the path in WriteConfigTo, as
-// kube-proxy does. flags are the flags that c was loaded from.
-func (c Config) WriteFile(flags Flags) error {
-	fields := map[string]string{}
-	if path, ok := flags["config"]; ok {
-		content, err := os.ReadFile(path)
-		if err != nil {
-			return fmt.Errorf("--config: %w", err)
+// Fields maps the paths of fields of a KubeProxyConfiguration to their values, in the form of
+// [proxyconfig.Document.Fields].
+type Fields map[string]string
+
+// fields returns the fields of the KubeProxyConfiguration that has the settings of c. flags are the
+// flags and file is the configuration file that c was loaded from, nil without one.
+func (c Config) fields(flags Flags, file *configFile) Fields {
+	fields := Fields{}
+	if file != nil {
+		maps.Copy(fields, file.fields)
+		for _, field := range []string{"logging.format", "logging.verbosity", "logging.flushFrequency"} {
+			if value, ok := flags[cmp.Or(fieldFlags()[field], unusedFieldFlags()[field])]; ok {
+				fields[field] = value
+			}
 		}
-		document, err := proxyconfig.Decode(content)
-		if err != nil {
-			return fmt.Errorf("--config: %s: %w", path, err)
-		}
-		maps.Copy(fields, document.Fields)
 	} else {
 		addFlagFields(fields, flags, c.ProxyMode)
 	}
@@ -29,7 +32,51 @@ func (c Config) WriteFile(flags Flags) error {
 	if flags["hostname-override"] != "" {
 		fields["hostnameOverride"] = c.Tracker.NodeName
 	}
-	text, err := proxyconfig.Encode(fields)
+	return fields
+}
+
+// Mode returns the mode under kube-proxy's name, empty if kube-proxy has no such mode.
+func (f Fields) Mode() string { return f["mode"] }
+
+// Configz returns the configuration as kube-proxy serves it at /configz, by API group.
+func (f Fields) Configz() (map[string]json.RawMessage, error) {
+	text, err := proxyconfig.EncodeJSON(f)
+	return map[string]json.RawMessage{proxyconfig.Group: text}, err
+}
+
+// FieldsAfterReload returns the fields in effect after a reload of the configuration file: the
+// fields of next, except those that only a restart can change.
+func (c Config) FieldsAfterReload(next Config) Fields {
+	fields := maps.Clone(next.Fields)
+	keep := restartFields()
+	if c.Mode != next.Mode {
+		keep = append(keep, "mode")
+	}
+	for _, field := range keep {
+		if value, ok := c.Fields[field]; ok {
+			fields[field] = value
+		} else {
+			delete(fields, field)
+		}
+	}
+	return fields
+}
+
+// restartFields lists the fields that only a restart can change, except mode, see
+// [Config.RestartRequired].
+func restartFields() []string {
+	return []string{
+		"bindAddressHardFail", "clientConnection.acceptContentTypes", "clientConnection.burst", "clientConnection.contentType",
+		"clientConnection.kubeconfig", "clientConnection.qps", "enableProfiling", "healthzBindAddress", "hostnameOverride",
+		"ipvs.excludeCIDRs", "ipvs.scheduler", "ipvs.strictARP", "ipvs.tcpFinTimeout", "ipvs.tcpTimeout", "ipvs.udpTimeout",
+		"logging.format", "metricsBindAddress",
+	}
+}
+
+// WriteFile writes the configuration as a KubeProxyConfiguration to the path in WriteConfigTo, as
+// kube-proxy does.
+func (c Config) WriteFile() error {
+	text, err := proxyconfig.Encode(c.Fields)
 	if err != nil {
 		return err
 	}
@@ -40,7 +87,7 @@ func (c Config) WriteFile(flags Flags) error {
 }
 
 // addFlagFields adds the fields of the flags that are set.
-func addFlagFields(fields map[string]string, flags Flags, proxyMode string) {
+func addFlagFields(fields Fields, flags Flags, proxyMode string) {
 	for field, flag := range unusedFieldFlags() {
 		if value, ok := flags[flag]; ok {
 			fields[field] = value

@@ -16,10 +16,30 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
+// Group is the API group of a KubeProxyConfiguration.
+const Group = v1alpha1.GroupName
+
 // Encode returns a configuration file with kube-proxy's defaults and the given fields, in the form
 // of [Document.Fields]. The file is the one that kube-proxy --write-config-to writes, except that it
 // lacks logging.vmodule.
 func Encode(fields map[string]string) ([]byte, error) {
+	c, err := newConfiguration(fields)
+	if err != nil {
+		return nil, err
+	}
+	return yaml.Marshal(c)
+}
+
+// EncodeJSON is like [Encode], but returns the JSON that kube-proxy serves at /configz.
+func EncodeJSON(fields map[string]string) ([]byte, error) {
+	c, err := newConfiguration(fields)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(c)
+}
+
+func newConfiguration(fields map[string]string) (*v1alpha1.KubeProxyConfiguration, error) {
 	types := fieldTypes()
 	document := map[string]any{}
 	for path, text := range fields {
@@ -44,7 +64,7 @@ func Encode(fields map[string]string) ([]byte, error) {
 		return nil, err
 	}
 	setDefaults(&c)
-	return yaml.Marshal(c)
+	return &c, nil
 }
 
 // insert sets the value at a path of nested maps.
@@ -72,7 +92,7 @@ func parseValue(fieldType reflect.Type, text string) (any, error) {
 	case reflect.Bool:
 		return strconv.ParseBool(text)
 	case reflect.Int32, reflect.Uint32:
-		return strconv.ParseInt(text, 10, 64)
+		return strconv.ParseInt(text, 0, 64)
 	case reflect.Float32:
 		return strconv.ParseFloat(text, 32)
 	case reflect.Slice:
