@@ -221,3 +221,43 @@ func BenchmarkResync(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkCheckForLoss measures a check that finds nothing, beside different numbers of
+// virtual servers.
+func BenchmarkCheckForLoss(b *testing.B) {
+	for _, n := range []int{100, 10_000} {
+		b.Run(fmt.Sprintf("servers=%d", n), func(b *testing.B) {
+			ns, h := benchHost(b)
+			k, err := dialIPVS(ns.Fd())
+			if err != nil {
+				b.Fatal(err)
+			}
+			d, err := newDataplane(Options{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			d.ipvs, d.ready = k, true
+			var requests []request
+			for _, s := range benchServers(n) {
+				vs := virtualServer{settings: settings{scheduler: "rr"}}
+				d.servers[s] = vs
+				requests = append(requests, request{command: newService, serverKey: s, settings: vs.settings})
+			}
+			if _, err := k.run(requests); err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				d.checkForLoss()
+			}
+			b.StopTimer()
+			select {
+			case <-d.lost:
+				b.Error("a loss")
+			default:
+			}
+			if err := errors.Join(k.close(), h.close(), ns.Close()); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}

@@ -101,7 +101,8 @@
 //
 // # Limitations of IPVS
 //
-// The kernel sends no notifications for IPVS. The backend compares the kernel's state with the
-// programmed state every five seconds, and all destinations within a minute. IPVS persistence
+// The kernel sends no notifications for IPVS. The backend notices lost virtual servers within 100
+// ms. It compares the kernel's state with the programmed state every five seconds, and all
+// destinations within a minute. IPVS persistence
 // implements session affinity; docs/ipvs.md lists the differences.
 package ipvs

@@ -154,6 +154,14 @@ func (k fakeIPVS) dumpServers() (map[serverKey]settings, error) {
 	return found, k.fault("dump virtual servers")
 }
 
+func (k fakeIPVS) getServer(s serverKey) (settings, bool, error) {
+	h, exists := k.servers[s]
+	if !exists {
+		return settings{}, false, k.fault("get a virtual server")
+	}
+	return h.settings, true, k.fault("get a virtual server")
+}
+
 func (k fakeIPVS) dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error) {
 	k.destinationDumps++
 	found := map[netip.AddrPort]destination{}

@@ -69,6 +69,51 @@ func TestBindFailure(t *testing.T) {
 	f.expect("after Replace", map[dataplane.Key]*dataplane.Service{one.Key: one, two.Key: two}, nil)
 }
 
+// TestCheckForLoss checks that a missing virtual server counts as lost, but not while Replace is
+// due or its state is unknown anyway.
+func TestCheckForLoss(t *testing.T) {
+	t.Parallel()
+	d, f := newFakeNode(t)
+	svc := service(t, dataplane.ClusterIP, "one", "10.96.0.1:80/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80")})
+	check := func(when string, want bool) {
+		t.Helper()
+		d.checkForLoss()
+		for name, signal := range map[string]<-chan struct{}{"loss": d.Lost(), "drift": d.Drift()} {
+			select {
+			case <-signal:
+				if !want {
+					t.Errorf("%s: a signal of %s", when, name)
+				}
+			default:
+				if want {
+					t.Errorf("%s: no signal of %s", when, name)
+				}
+			}
+		}
+	}
+	check("before the first Replace", false)
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(svc), nil); err != nil {
+		t.Fatal(err)
+	}
+	check("after Replace", false)
+	clear(f.servers)
+	f.failNext(1, "get a virtual server")
+	check("if the virtual server cannot be read", false)
+	check("after a flush", true)
+	d.checkForLoss()
+	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(svc), nil); err != nil {
+		t.Fatal(err)
+	}
+	check("after the repair, which covers an earlier signal", false)
+	f.failNext(1, "add the destination")
+	moved := service(t, dataplane.ClusterIP, "one", "10.96.0.1:80/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.2:80")})
+	if err := d.Apply(t.Context(), []dataplane.Change{{Old: svc, New: moved}}); err == nil {
+		t.Fatal("no error")
+	}
+	clear(f.servers)
+	check("after a failed write", false)
+}
+
 // TestDeleteFailure checks that a failed deletion is an error without a key. The next Replace
 // finds the virtual server by its address and deletes it.
 func TestDeleteFailure(t *testing.T) {

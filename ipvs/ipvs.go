@@ -76,7 +76,7 @@ type Dataplane struct {
 	log          *slog.Logger
 	rules        nftRules
 	loadModules  func(modules ...string) error
-	drift        chan struct{}
+	drift, lost  chan struct{}
 	stop         chan struct{}
 	goroutines   sync.WaitGroup
 
@@ -125,6 +125,7 @@ type (
 		run(requests []request) ([]error, error)
 		dumpServers() (map[serverKey]settings, error)
 		addMissing(servers map[serverKey]settings, expected iter.Seq[serverKey]) error
+		getServer(s serverKey) (set settings, exists bool, err error)
 		dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error)
 		setTimeouts(tcp, tcpFin, udp time.Duration) error
 		close() error
@@ -180,6 +181,7 @@ func Open(opts Options) (*Dataplane, error) {
 	}
 	d.ipvs, d.host, d.rules = c, h, r
 	d.goroutines.Go(d.resync)
+	d.goroutines.Go(d.watchServers)
 	d.goroutines.Go(d.handleEvents)
 	return d, nil
 }
@@ -188,7 +190,7 @@ func Open(opts Options) (*Dataplane, error) {
 func newDataplane(opts Options) (*Dataplane, error) {
 	d := &Dataplane{
 		opts: opts, scheduler: opts.Scheduler, log: opts.Logger, loadModules: kmod.Load,
-		drift: make(chan struct{}, 1), udpDrainTimer: time.NewTimer(0), stop: make(chan struct{}),
+		drift: make(chan struct{}, 1), lost: make(chan struct{}, 1), udpDrainTimer: time.NewTimer(0), stop: make(chan struct{}),
 	}
 	<-d.udpDrainTimer.C
 	if d.scheduler == "" {
@@ -226,12 +228,11 @@ func (d *Dataplane) reset() {
 }
 
 // Drift implements [dataplane.Dataplane]. The kernel sends notifications for nftables; IPVS is
-// polled every few seconds.
+// polled: for lost virtual servers several times a second, for other changes every few seconds.
 func (d *Dataplane) Drift() <-chan struct{} { return d.drift }
 
-// Lost implements [dataplane.LossNotifier] for the nftables tables. Lost virtual servers are
-// reported as drift.
-func (d *Dataplane) Lost() <-chan struct{} { return d.rules.Lost() }
+// Lost implements [dataplane.LossNotifier] for the nftables tables and the virtual servers.
+func (d *Dataplane) Lost() <-chan struct{} { return d.lost }
 
 // GiveWay ends Node.AheadOfOthers of the last Replace after a delay, see
 // [nft.Dataplane.GiveWay].
@@ -246,6 +247,15 @@ func (d *Dataplane) signalDrift() {
 	case d.drift <- struct{}{}:
 	default:
 	}
+}
+
+// signalLoss signals drift that may have removed something that packets need.
+func (d *Dataplane) signalLoss() {
+	select {
+	case d.lost <- struct{}{}:
+	default:
+	}
+	d.signalDrift()
 }
 
 // Close implements [dataplane.Dataplane]. Draining destinations keep weight 0; the next

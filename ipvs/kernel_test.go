@@ -437,6 +437,40 @@ func TestDrift(t *testing.T) {
 	}
 }
 
+// TestFlush checks that connections fail only for a moment after another program has deleted
+// all virtual servers, as kube-proxy does when it starts in its mode nftables.
+func TestFlush(t *testing.T) {
+	t.Parallel()
+	n := newTopology(t, Options{}, 2)
+	n.replace(n.web(dataplane.TCP, 0))
+	time.Sleep(time.Second) // rounds of checkForLoss without a loss
+	select {
+	case <-n.dp.Lost():
+		t.Fatal("a loss without a cause")
+	default:
+	}
+	for round := range 3 {
+		if err := n.moby.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		select {
+		case <-n.dp.Lost(): // resync would signal only drift
+		case <-time.After(30 * time.Second):
+			t.Fatal("no loss")
+		}
+		noticed := time.Since(start)
+		n.replace(n.web(dataplane.TCP, 0))
+		repaired := time.Since(start)
+		for _, from := range []*nettest.Host{n.pods[1], n.Node, n.Outside} {
+			if answer, err := from.Connect(t.Context(), nettest.TCP, clusterIP); err != nil || answer.Host != "pod-0" {
+				t.Errorf("round %d: from %s: answer %+v, error %v, want an answer of pod-0", round, from.Name, answer, err)
+			}
+		}
+		t.Logf("round %d: noticed after %v, repaired after %v, answered after %v", round, noticed, repaired, time.Since(start))
+	}
+}
+
 // TestGetServer checks that getServer returns the same settings as a dump.
 func TestGetServer(t *testing.T) {
 	t.Parallel()

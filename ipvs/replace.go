@@ -47,12 +47,14 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 	return nil
 }
 
-// clearDrift discards a pending drift signal: the following read of the kernel covers that
-// drift.
+// clearDrift discards pending signals of drift and loss: the following read of the kernel
+// covers that drift.
 func (d *Dataplane) clearDrift() {
-	select {
-	case <-d.drift:
-	default:
+	for _, signal := range []chan struct{}{d.drift, d.lost} {
+		select {
+		case <-signal:
+		default:
+		}
 	}
 }
 

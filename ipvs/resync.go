@@ -15,7 +15,8 @@ import (
 )
 
 const (
-	// resyncPeriod is the interval of resync: the kernel sends no notifications for IPVS.
+	// resyncPeriod is the interval of resync: the kernel sends no notifications for IPVS. See
+	// also lossCheckPeriod.
 	resyncPeriod = 5 * time.Second
 	// resyncRounds is the number of resyncs that together verify the destinations of all
 	// virtual servers. Fewer rounds suffice for few virtual servers. The kernel dumps the
@@ -48,6 +49,8 @@ func (d *Dataplane) handleEvents() {
 			return
 		case <-d.rules.Drift():
 			d.signalDrift()
+		case <-d.rules.Lost():
+			d.signalLoss()
 		case <-d.udpDrainTimer.C:
 			if err := d.finishUDPDrains(); err != nil {
 				d.log.Warn("cannot remove drained UDP endpoints", "error", err)
