@@ -22,14 +22,6 @@ func parseMetrics(t *testing.T, text string) map[string]*dto.MetricFamily {
 	return families
 }
 
-// allowedDifferences lists metrics of kube-proxy that Fairlead lacks, and why. An asterisk at the
-// end stands for any text.
-var allowedDifferences = map[string]string{
-	"aggregator_*": "kube-proxy links the API server's library",
-	"apiserver_*":  "kube-proxy links the API server's library",
-	"rest_client_rate_limiter_duration_seconds": "only lists are limited by client-go, and streamed lists are watches",
-}
-
 // allowedBuckets lists histograms with different buckets, and why.
 var allowedBuckets = map[string]string{
 	"go_gc_heap_allocs_by_size_bytes": "the Go release defines them",
@@ -75,7 +67,7 @@ func buckets(f *dto.MetricFamily) []float64 {
 }
 
 // TestMetrics compares the names, types, labels and buckets of Fairlead's metrics with the real
-// kube-proxy's.
+// kube-proxy's. docs/compatibility.md names the metrics that Fairlead lacks.
 func TestMetrics(t *testing.T) {
 	kube, fair := kubeProxy(t), fairlead(t)
 	kube.awaitProgrammed()
@@ -83,14 +75,14 @@ func TestMetrics(t *testing.T) {
 	for _, p := range []*proxy{kube, fair} {
 		p.get("/healthz") // a health check for /metrics/slis
 	}
+	answers := documented(t, "Metrics")
 	for _, path := range []string{"/metrics", "/metrics/slis"} {
 		want, got := parseMetrics(t, kube.get(path)), parseMetrics(t, fair.get(path))
-		used := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(want)) {
 			w, g := want[name], got[name]
+			_, answer := row(answers, name)
 			switch {
-			case g == nil && allowed(name, allowedDifferences):
-				used[name] = ""
+			case g == nil && strings.HasPrefix(answer, "none"):
 			case g == nil:
 				t.Errorf("%s: Fairlead lacks %s{%s}, a %s: %s", path, name, labelNames(t, w), w.GetType(), w.GetHelp())
 			case w.GetType() != g.GetType():
@@ -108,13 +100,6 @@ func TestMetrics(t *testing.T) {
 			}
 		}
 		if path == "/metrics" {
-			for pattern := range allowedDifferences {
-				if !slices.ContainsFunc(slices.Collect(maps.Keys(used)), func(name string) bool {
-					return allowed(name, map[string]string{pattern: ""})
-				}) {
-					t.Errorf("no difference matches %q any more: delete it from the list", pattern)
-				}
-			}
 			compareFeatures(t, want["kubernetes_feature_enabled"], got["kubernetes_feature_enabled"])
 			compareBuildInfo(t, want["kubernetes_build_info"], got["kubernetes_build_info"])
 		}
