@@ -61,6 +61,8 @@ type Cleaner struct {
 
 	mu      stdsync.Mutex
 	pending pendingUpdates
+	// tcp holds the TCP frontends of the programmed Services.
+	tcp map[dataplane.Frontend]struct{}
 
 	// The remaining fields belong to Run.
 	index serviceIndex
@@ -102,6 +104,7 @@ func New(opts Options) *Cleaner {
 		log:   log,
 		open:  func() (table, error) { return openNetlinkTable(opts.NetNS) },
 		wake:  make(chan struct{}, 1),
+		tcp:   map[dataplane.Frontend]struct{}{},
 		index: newServiceIndex(),
 	}
 }
@@ -117,7 +120,7 @@ func (c *Cleaner) SetNode(node dataplane.Node) {
 
 // OnCommit receives a completed call of the dataplane, see [sync.Options]. It must not be called
 // concurrently. It does not block, and its cost is proportional to the changes. For TCP it
-// only compares Services.
+// only compares Services and records frontends.
 func (c *Cleaner) OnCommit(commit sync.Commit) {
 	var added candidates
 	// A Replace follows a start, an error or a change by another program. Until then the kernel
@@ -140,6 +143,7 @@ func (c *Cleaner) OnCommit(commit sync.Commit) {
 			c.pending.attempts.record(change)
 		}
 	}
+	c.updateTCP(commit.Changes)
 	c.pending.candidates.merge(added)
 	firstAttempts := !hadAttempts && len(c.pending.attempts) > 0
 	c.mu.Unlock()
@@ -149,6 +153,64 @@ func (c *Cleaner) OnCommit(commit sync.Commit) {
 	select {
 	case c.wake <- struct{}{}:
 	default:
+	}
+}
+
+// updateTCP updates the TCP frontends. The caller holds mu.
+func (c *Cleaner) updateTCP(changes []dataplane.Change) {
+	// Frontends may move between Services, so remove all old ones before adding new ones.
+	moved := func(change dataplane.Change) (old, now []dataplane.Frontend) {
+		if old, now = tcpFrontends(change.Old), tcpFrontends(change.New); slices.Equal(old, now) {
+			return nil, nil
+		}
+		return old, now
+	}
+	for _, change := range changes {
+		old, _ := moved(change)
+		for _, f := range old {
+			delete(c.tcp, f)
+		}
+	}
+	for _, change := range changes {
+		_, now := moved(change)
+		for _, f := range now {
+			c.tcp[f] = struct{}{}
+		}
+	}
+}
+
+// isUntranslatedAttempt reports whether a flow is a TCP connection attempt to a Service that the
+// kernel did not translate and that has no reply.
+func (c *Cleaner) isUntranslatedAttempt(f flow) bool {
+	if f.protocol != dataplane.TCP || f.replied || f.translated() {
+		return false
+	}
+	frontend := f.frontend()
+	nodePort, isNodePort := c.index.nodePortFrontend(frontend)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, ok := c.tcp[frontend]
+	if !ok && isNodePort {
+		_, ok = c.tcp[nodePort]
+	}
+	return ok
+}
+
+// addAttemptQueries adds the dumps that find untranslated TCP connection attempts.
+func (c *Cleaner) addAttemptQueries(queries map[dataplane.Family][]query) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	added := map[dataplane.Family]bool{}
+	for f := range c.tcp {
+		family := dataplane.FamilyOf(f.Addr.Addr())
+		if added[family] {
+			continue
+		}
+		added[family] = true
+		queries[family] = append(queries[family], query{family: family, protocol: dataplane.TCP, unreplied: true})
+		if len(added) == 2 { // all families
+			return
+		}
 	}
 }
 
@@ -214,7 +276,13 @@ func (c *Cleaner) step(ctx context.Context, now time.Time) {
 	if scanned.empty() {
 		return
 	}
-	err := c.scan(ctx, c.index.queries(&scanned), func(f flow) bool { return c.index.isStale(f, &scanned) })
+	queries := c.index.queries(&scanned)
+	if scanned.all {
+		c.addAttemptQueries(queries)
+	}
+	err := c.scan(ctx, queries, func(f flow) bool {
+		return c.index.isStale(f, &scanned) || scanned.all && c.isUntranslatedAttempt(f)
+	})
 	if ctx.Err() != nil {
 		return
 	}

@@ -412,3 +412,52 @@ func TestServingChangeIsCommitted(t *testing.T) {
 		}
 	})
 }
+
+// TestUntranslatedAttempts checks that a Replace deletes the untranslated TCP connection
+// attempts to Services, and nothing else of TCP, immediately and after rescanDelay.
+func TestUntranslatedAttempts(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		r := startCleaner(t)
+		r.SetNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
+		const (
+			lost     = "10.96.0.10:80 10.96.0.10:80"
+			lostNode = "192.0.2.1:30080 192.0.2.1:30080"
+			lostIPv6 = "[fd00:96::10]:80 [fd00:96::10]:80"
+			deleted  = "10.96.0.11:80 10.96.0.11:80"
+		)
+		kept := []string{"10.96.0.10:80 10.0.0.9:80", "192.0.2.2:30080 192.0.2.2:30080", "10.96.0.10:81 10.96.0.10:81"}
+		replied := unrepliedFlow(lost)
+		replied.replied = true
+		set := func(texts ...string) {
+			r.table.mu.Lock()
+			defer r.table.mu.Unlock()
+			r.table.flows = []flow{replied}
+			for _, text := range texts {
+				r.table.flows = append(r.table.flows, unrepliedFlow(text))
+			}
+		}
+		want := slices.Concat([]string{lost}, kept) // the first one has a reply
+		change := func(before, after string) dataplane.Change {
+			return dataplane.Change{Old: serviceWithProtocol(dataplane.TCP, before), New: serviceWithProtocol(dataplane.TCP, after)}
+		}
+		set(slices.Concat(kept, []string{lost, lostNode, lostIPv6, deleted})...)
+		r.OnCommit(sync.Commit{Op: sync.OpReplace, Reason: sync.ReasonStart, Changes: []dataplane.Change{
+			change("", "web 10.96.0.10:80 -> 10.0.0.1:80"), change("", "node 0.0.0.0:30080 -> 10.0.0.1:80"),
+			change("", "web6 [fd00:96::10]:80 -> [fd01::1]:80"), change("", "gone 10.96.0.11:80 -> 10.0.0.1:80"),
+		}})
+		r.expectFlows(t, "after the start", want...)
+		set(append(slices.Clone(kept), lost)...) // a SYN that was under way
+		time.Sleep(rescanDelay)
+		r.expectFlows(t, "after rescanDelay", want...)
+		r.OnCommit(sync.Commit{Op: sync.OpApply, Reason: sync.ReasonChange, Changes: []dataplane.Change{
+			change("gone 10.96.0.11:80 -> 10.0.0.1:80", ""), change("web 10.96.0.10:80 -> 10.0.0.1:80", "web 10.96.0.10:80 -> 10.0.0.2:80"),
+		}})
+		time.Sleep(time.Minute)
+		set(append(slices.Clone(kept), lost, deleted)...)
+		time.Sleep(time.Minute)
+		r.expectFlows(t, "without a Replace", slices.Concat(want, []string{lost, deleted})...)
+		r.OnCommit(sync.Commit{Op: sync.OpReplace, Reason: sync.ReasonDrift})
+		r.expectFlows(t, "after repairing drift", slices.Concat(want, []string{deleted})...)
+	})
+}

@@ -33,10 +33,15 @@
 //     all entries of all frontends, and to entries of node ports at addresses removed from
 //     [dataplane.Node] since the start.
 //
-// A TCP entry is stale only if it has no reply ([connAttempts]). The Cleaner deletes it a
-// second after the change or later. An established connection ends without help, with a reset
-// or a timeout. A Replace does not make TCP entries stale, because clients repeat a SYN for at
-// most two minutes.
+// A TCP entry is stale only if it has no reply. The Cleaner deletes an attempt to connect to a
+// removed endpoint a second after the change or later ([connAttempts]). An established
+// connection ends without help, with a reset or a timeout.
+//
+// After a Replace, a TCP entry without a reply is also stale if it is not translated. The kernel
+// creates such an entry for a SYN that arrives while the rules are missing. It keeps the entry
+// for two minutes after the last SYN (net.netfilter.nf_conntrack_tcp_timeout_syn_sent), and does
+// not translate later packets with the same addresses and ports: neither the repeated SYN of this
+// connection, nor the SYN of a later connection with the same source port.
 //
 // # Cost
 //
@@ -48,7 +53,8 @@
 // committing goroutine, and the Cleaner pauses between scans for most of the time.
 //
 // TCP endpoints change all the time, so TCP entries are scanned at most every five seconds.
-// The kernel returns only entries without a reply (Linux 5.15), of which there are few.
+// The kernel returns only entries without a reply (Linux 5.15), of which there are few. The scans
+// after a Replace include them.
 //
 // UDP and SCTP frontends are scanned again one to two seconds after the first scan. A datagram
 // may have passed the old maps and then waited, in a queue to user space (NFQUEUE) or on a
