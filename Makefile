@@ -66,6 +66,15 @@ test: deps nftables controlplane ## run all tests except e2e with the race detec
 	CGO_ENABLED=1 go test -race -shuffle=on -timeout=20m ./...
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
+	@$(MAKE) --no-print-directory test-chart
+
+.PHONY: test-chart
+test-chart: controlplane ## test the Helm chart and the manifests in deploy; the first build takes some minutes
+	cd test/chart && go vet ./... && go test -count=1 -timeout=10m ./...
+
+.PHONY: manifests
+manifests: ## write the manifests in deploy from the Helm chart
+	cd test/chart && go test -count=1 -run=TestManifests . -update
 
 .PHONY: soak
 soak: ## make a million connections while endpoints change (root), minutes
@@ -195,6 +204,7 @@ lint: ## run golangci-lint and the prose linter, and check that go.mod is tidy
 	$(VALE) --output=line --glob='!{.cache,bin}/**' .
 	go mod tidy -diff
 	cd test/monitoring && go mod tidy -diff
+	cd test/chart && go mod tidy -diff
 
 # Commit to compare the API with: make apidiff BASE=main
 BASE ?= HEAD^
