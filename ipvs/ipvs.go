@@ -269,7 +269,8 @@ func (d *Dataplane) Close() error {
 // Cleanup removes the managed virtual servers, the interface with its routes, and the nftables
 // tables, regardless of which process created them. Connections through Services end. Cleanup
 // needs no Dataplane, and a kernel without IPVS is not an error. It does not change
-// virtual servers of other programs, and does not restore sysctls.
+// virtual servers of other programs, including kube-proxy's at the addresses of kube-ipvs0, and
+// does not restore sysctls.
 func Cleanup(opts Options) error {
 	errs := []error{nft.Cleanup(nft.Options{NetNS: opts.NetNS, Logger: opts.Logger, Table: TableName})}
 	h, err := openHost(opts.NetNS)
@@ -309,9 +310,14 @@ func removeServers(h *host, opts Options) error {
 	if err != nil {
 		return err
 	}
+	// kube-proxy in its mode ipvs uses the same virtual servers for cluster IPs.
+	shared, err := h.kubeProxyAddrs()
+	if err != nil {
+		return err
+	}
 	var requests []request
 	for s := range servers {
-		if excluded := prefixesContain(opts.ExcludeCIDRs, s.addr.Addr()); !excluded && (isInternal(s.addr.Addr()) || bound[s.addr.Addr()]) {
+		if excluded := prefixesContain(opts.ExcludeCIDRs, s.addr.Addr()) || shared[s.addr.Addr()]; !excluded && (isInternal(s.addr.Addr()) || bound[s.addr.Addr()]) {
 			requests = append(requests, request{command: delService, serverKey: s})
 		}
 	}

@@ -340,6 +340,8 @@ type destination struct {
 	// connections counts the active connections and the inactive ones, which the kernel keeps
 	// for a while.
 	connections uint32
+	// active counts the active ones.
+	active uint32
 	// nat is true if the forwarding method is NAT, as for all managed destinations.
 	nat bool
 }
@@ -380,7 +382,10 @@ func parseDestination(b []byte, family uint16) (netip.AddrPort, destination) {
 			d.nat = nlconn.Uint32(data)&7 == 0 // IP_VS_CONN_F_FWD_MASK
 		case destWeight:
 			d.weight = nlconn.Uint32(data)
-		case destActive, destInactive:
+		case destActive:
+			d.active = nlconn.Uint32(data)
+			d.connections += d.active
+		case destInactive:
 			d.connections += nlconn.Uint32(data)
 		}
 	}

@@ -1,0 +1,134 @@
+package ipvs
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+
+	"fairlead.io/fairlead/dataplane"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// OtherServer is a virtual server that Fairlead does not manage.
+type OtherServer struct {
+	Protocol dataplane.Protocol
+	Addr     netip.AddrPort
+}
+
+// OtherServers returns the virtual servers of the thread's network namespace that Fairlead does
+// not manage and that match selects. It returns none if the kernel has no IPVS.
+func OtherServers(match func(OtherServer) bool) (others []OtherServer, err error) {
+	err = withIPVS(func(c *ipvsConn) error {
+		h, err := openHost(0)
+		if err != nil {
+			return err
+		}
+		defer h.close() //nolint:errcheck // nothing was written
+		if link, err := h.handle.LinkByName(LinkName); err == nil {
+			h.link = link.Attrs().Index
+		}
+		bound, err := h.boundAddrs()
+		if err != nil {
+			return err
+		}
+		servers, err := c.dumpServers()
+		if err != nil {
+			return err
+		}
+		for s := range servers {
+			other := OtherServer{s.protocol, s.addr}
+			if !isInternal(s.addr.Addr()) && !bound[s.addr.Addr()] && match(other) {
+				others = append(others, other)
+			}
+		}
+		return nil
+	})
+	return others, err
+}
+
+// DeleteOtherServers deletes virtual servers and returns how many existed.
+func DeleteOtherServers(others []OtherServer) (deleted int, err error) {
+	if len(others) == 0 {
+		return 0, nil
+	}
+	err = withIPVS(func(c *ipvsConn) error {
+		requests := make([]request, len(others))
+		for i, s := range others {
+			requests[i] = request{command: delService, serverKey: serverKey{s.Protocol, s.Addr}}
+		}
+		answers, err := c.run(requests)
+		for i, answer := range answers {
+			switch {
+			case answer == nil:
+				deleted++
+			case !isNotFound(answer):
+				err = errors.Join(err, fmt.Errorf("%s: %w", requests[i], answer))
+			}
+		}
+		return err
+	})
+	return deleted, err
+}
+
+// ActiveConnections returns the number of active connections of virtual servers. Closed TCP
+// connections and UDP flows are not active.
+func ActiveConnections(others []OtherServer) (active int, err error) {
+	if len(others) == 0 {
+		return 0, nil
+	}
+	err = withIPVS(func(c *ipvsConn) error {
+		for _, s := range others {
+			destinations, err := c.dumpDestinations(serverKey{s.Protocol, s.Addr})
+			if err != nil {
+				return err
+			}
+			for _, d := range destinations {
+				active += int(d.active)
+			}
+		}
+		return nil
+	})
+	return active, err
+}
+
+// withIPVS calls fn with a connection to IPVS of the thread's network namespace. It does nothing
+// if the kernel has not loaded IPVS, because a request would make the kernel load the module.
+func withIPVS(fn func(*ipvsConn) error) error {
+	if _, err := os.Stat("/proc/thread-self/net/ip_vs"); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	c, err := dialIPVS(0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(fn(c), c.close())
+}
+
+// kubeProxyAddrs returns the addresses that kube-proxy in its mode ipvs has bound.
+func (h *host) kubeProxyAddrs() (map[netip.Addr]bool, error) {
+	addrs := map[netip.Addr]bool{}
+	link, err := h.handle.LinkByName("kube-ipvs0")
+	if notFound := (netlink.LinkNotFoundError{}); errors.As(err, &notFound) {
+		return addrs, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find interface kube-ipvs0: %w", err)
+	}
+	list, err := h.handle.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of interface kube-ipvs0: %w", err)
+	}
+	for _, a := range list {
+		if addr, ok := netip.AddrFromSlice(a.IP); ok {
+			addrs[addr.Unmap()] = true
+		}
+	}
+	return addrs, nil
+}
