@@ -61,7 +61,7 @@ kube-proxy-flags: kube-proxy ## write the list of kube-proxy's flags that a test
 
 # -race needs cgo and therefore the C compiler that deps installs.
 .PHONY: test
-test: deps nftables controlplane ## run all tests except e2e with the race detector, and briefly all fuzz targets and benchmarks (root)
+test: deps nftables controlplane kube-proxy ## run all tests except e2e with the race detector, and briefly all fuzz targets and benchmarks (root)
 	go vet -tags=e2e,ipvs ./...
 	CGO_ENABLED=1 go test -race -shuffle=on -timeout=20m ./...
 	test/fuzz.sh $(FUZZTIME)

@@ -30,7 +30,7 @@ func TestNFTRemovesIPVSTables(t *testing.T) {
 	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 	n.stop()
 	n.nft(createIPVSTables)
-	if code, stderr := n.runOnce(nil, "cleanup"); code != 0 || stderr != "" {
+	if code, stderr := n.runOnce(nil, "cleanup", "--force"); code != 0 || stderr != "" {
 		t.Errorf("cleanup: exit code %d, output %q, want 0 and nothing", code, stderr)
 	}
 	if listing := n.nft("list", "ruleset"); listing != "" {

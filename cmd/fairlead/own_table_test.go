@@ -61,7 +61,7 @@ func TestOwnTable(t *testing.T) {
 	}
 
 	n.stop()
-	if code, stderr := n.runOnce(nil, "cleanup"); code != 0 || stderr != "" {
+	if code, stderr := n.runOnce(nil, "cleanup", "--force"); code != 0 || stderr != "" {
 		t.Errorf("cleanup: exit code %d, output %q, want 0 and nothing", code, stderr)
 	}
 	n.awaitGone(backend)

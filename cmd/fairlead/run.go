@@ -65,7 +65,7 @@ func runProgram(ctx context.Context, flags config.Flags, values map[string]strin
 	case c.WriteConfigTo != "":
 		return c.WriteFile()
 	case c.Cleanup:
-		return cleanUp(ctx, log, false)
+		return cleanUp(ctx, log, false, nil) // like kube-proxy, even if connections end
 	}
 	b, err := backend.ByName(c.Mode)
 	if err != nil {

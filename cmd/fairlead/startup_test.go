@@ -68,7 +68,7 @@ func TestCapabilities(t *testing.T) {
 		return err
 	})
 	n.stop()
-	if code, stderr := n.runOnce(asNobody(unix.CAP_NET_ADMIN), "cleanup"); code != 0 || stderr != "" {
+	if code, stderr := n.runOnce(asNobody(unix.CAP_NET_ADMIN), "cleanup", "--force"); code != 0 || stderr != "" {
 		t.Errorf("cleanup: exit code %d, output %q, want 0 and nothing", code, stderr)
 	}
 	if listing := n.nft("list", "ruleset"); listing != "" {

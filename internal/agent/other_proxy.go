@@ -46,8 +46,8 @@ func (d *dispatcher) setOtherProxy(rules []otherproxy.Rules) {
 			continue
 		}
 		d.log.Warn("rules of another Service proxy found on this node; Fairlead's rules take precedence", "rules", r.String(), "effect", r.Effect(),
-			"fix", "kube-proxy --cleanup, or "+r.RemovalCommands())
-		d.events.OtherProxy(r.String(), r.Effect(), r.RemovalCommands())
+			"fix", "fairlead cleanup --kube-proxy, or kube-proxy --cleanup")
+		d.events.OtherProxy(r.String(), r.Effect())
 	}
 	d.pipeline.SetAheadOfOthers(len(rules) > 0)
 }

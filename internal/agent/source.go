@@ -20,7 +20,7 @@ type Events interface {
 	Problem(p kube.Problem)
 	NotProgrammed(key dataplane.Key, err error)
 	HealthCheckFailed(namespace, name string, port uint16, err error)
-	OtherProxy(rules, effect, remove string)
+	OtherProxy(rules, effect string)
 	TableRebuilt(table, reason string)
 	// ModeReplaced reports that another mode of kube-proxy is configured than the one that
 	// Fairlead runs in.
@@ -53,7 +53,7 @@ func (NoEvents) NotProgrammed(dataplane.Key, error) {}
 func (NoEvents) HealthCheckFailed(string, string, uint16, error) {}
 
 // OtherProxy implements Events.
-func (NoEvents) OtherProxy(string, string, string) {}
+func (NoEvents) OtherProxy(string, string) {}
 
 // TableRebuilt implements Events.
 func (NoEvents) TableRebuilt(string, string) {}

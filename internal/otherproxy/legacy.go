@@ -68,6 +68,15 @@ func legacyTables() [2]legacyTable {
 
 // hasChain reports whether the table exists and has the chain.
 func (t *legacyTable) hasChain(chain string) (bool, error) {
+	// The target's name follows its length, and the chain's name is at the target's end.
+	return t.hasTarget(func(target []byte) bool {
+		return errorName < len(target) && hasCString(target[2:], errorTarget) && hasCString(target[errorName:], chain)
+	})
+}
+
+// hasTarget reports whether the table exists and has a target (struct xt_entry_target) that match
+// accepts. All calls for a table must ask for the same, because the result is cached.
+func (t *legacyTable) hasTarget(match func(target []byte) bool) (bool, error) {
 	names, err := os.ReadFile(t.namesFile)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -88,14 +97,14 @@ func (t *legacyTable) hasChain(chain string) (bool, error) {
 	}
 	defer unix.Close(socket) //nolint:errcheck // nothing was written
 	for {
-		found, err := t.scan(socket, chain)
+		found, err := t.scan(socket, match)
 		if !errors.Is(err, unix.EAGAIN) { // the table changed after its length was read
 			return found, err
 		}
 	}
 }
 
-func (t *legacyTable) scan(socket int, chain string) (bool, error) {
+func (t *legacyTable) scan(socket int, match func(target []byte) bool) (bool, error) {
 	var info tableInfo
 	copy(info.Name[:], iptablesTable)
 	if err := t.getsockopt(socket, getInfo, unsafe.Slice((*byte)(unsafe.Pointer(&info)), unsafe.Sizeof(info))); err != nil { //nolint:gosec // a struct without pointers
@@ -115,20 +124,19 @@ func (t *legacyTable) scan(socket int, chain string) (bool, error) {
 	if err := t.getsockopt(socket, getEntries, buffer); err != nil {
 		return false, fmt.Errorf("read table %s: %w", iptablesTable, err)
 	}
-	t.lastInfo, t.lastFound = info, t.entriesHaveChain(buffer[entriesHeader:], chain)
+	t.lastInfo, t.lastFound = info, t.entriesHaveTarget(buffer[entriesHeader:], match)
 	return t.lastFound, nil
 }
 
-// entriesHaveChain reports whether the entries contain the start of the chain.
-func (t *legacyTable) entriesHaveChain(entries []byte, chain string) bool {
+// entriesHaveTarget reports whether the entries contain a target that match accepts.
+func (t *legacyTable) entriesHaveTarget(entries []byte, match func(target []byte) bool) bool {
 	for len(entries) >= t.entrySize {
 		target := int(binary.NativeEndian.Uint16(entries[t.targetOffset:]))
 		next := int(binary.NativeEndian.Uint16(entries[t.nextOffset:]))
 		if next < t.entrySize || next > len(entries) {
 			return false
 		}
-		// The target's name follows its length, and the chain's name is at the target's end.
-		if target+errorName < next && hasCString(entries[target+2:next], errorTarget) && hasCString(entries[target+errorName:next], chain) {
+		if target+2 < next && match(entries[target:next]) {
 			return true
 		}
 		entries = entries[next:]

@@ -50,23 +50,6 @@ func (r Rules) Effect() string {
 	return "connections to Services that only kube-proxy knows are still translated"
 }
 
-// RemovalCommands returns commands that remove the rules, as an alternative to `kube-proxy
-// --cleanup`.
-func (r Rules) RemovalCommands() string {
-	switch r.Mode {
-	case ModeNFTables:
-		var commands []string
-		for _, table := range r.Objects {
-			commands = append(commands, "nft delete "+table)
-		}
-		return strings.Join(commands, "; ")
-	case ModeIPVS:
-		return "ip link delete kube-ipvs0"
-	case ModeIPTables:
-	}
-	return "iptables-save | grep -v KUBE- | iptables-restore; ip6tables-save | grep -v KUBE- | ip6tables-restore"
-}
-
 // Names of kube-proxy's objects, from its source (pkg/proxy in Kubernetes 1.37).
 const (
 	nftTable      = "kube-proxy"    // nftables/proxier.go, kubeProxyTable

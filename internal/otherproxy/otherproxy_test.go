@@ -68,8 +68,7 @@ func newScanner(t *testing.T) (*Scanner, *nettest.Namespace) {
 	return s, ns
 }
 
-// TestScan creates kube-proxy's rules with the same tools as kube-proxy, and removes them with
-// RemovalCommands.
+// TestScan creates kube-proxy's rules with the same tools as kube-proxy, and removes them.
 func TestScan(t *testing.T) {
 	t.Parallel()
 	chains := func(program string) string {
@@ -77,10 +76,9 @@ func TestScan(t *testing.T) {
 			program + " -t nat -A PREROUTING -m comment --comment 'kubernetes service portals' -j KUBE-SERVICES\n" +
 			program + " -t nat -A KUBE-SERVICES -p tcp --dport 80 -j RETURN"
 	}
-	remove := func(flavour string) string { // RemovalCommands uses the host's default iptables
-		return strings.NewReplacer("iptables-save", "iptables-"+flavour+"-save", "iptables-restore", "iptables-"+flavour+"-restore",
-			"ip6tables-save", "ip6tables-"+flavour+"-save", "ip6tables-restore", "ip6tables-"+flavour+"-restore").
-			Replace(Rules{Mode: ModeIPTables}.RemovalCommands())
+	remove := func(flavour string) string {
+		return strings.ReplaceAll("iptables-FLAVOUR-save | grep -v KUBE- | iptables-FLAVOUR-restore; ip6tables-FLAVOUR-save | grep -v KUBE- | ip6tables-FLAVOUR-restore",
+			"FLAVOUR", flavour)
 	}
 	for name, test := range map[string]struct {
 		make, remove string
@@ -88,7 +86,7 @@ func TestScan(t *testing.T) {
 	}{
 		"nftables": {
 			"nft add table ip kube-proxy\nnft add table ip6 kube-proxy",
-			Rules{ModeNFTables, []string{"table ip kube-proxy", "table ip6 kube-proxy"}}.RemovalCommands(),
+			"nft 'delete table ip kube-proxy; delete table ip6 kube-proxy'",
 			[]Rules{{ModeNFTables, []string{"table ip kube-proxy", "table ip6 kube-proxy"}}},
 		},
 		"one family": {
@@ -106,7 +104,7 @@ func TestScan(t *testing.T) {
 			}}},
 		},
 		"ipvs": {
-			"ip link add kube-ipvs0 type veth", Rules{Mode: ModeIPVS}.RemovalCommands(),
+			"ip link add kube-ipvs0 type veth", "ip link delete kube-ipvs0",
 			[]Rules{{ModeIPVS, []string{"interface kube-ipvs0"}}},
 		},
 		"others": {

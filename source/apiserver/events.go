@@ -203,13 +203,12 @@ func (e *Events) Apply(d kube.Delta) {
 	e.beforeStart = nil
 }
 
-// OtherProxy reports that this node has rules of another Service proxy, with their effect
-// and the command that removes them.
-func (e *Events) OtherProxy(rules, effect, remove string) {
+// OtherProxy reports that this node has rules of another Service proxy, with their effect.
+func (e *Events) OtherProxy(rules, effect string) {
 	e.warnNode(report{
 		reason: ReasonOtherProxy, action: "LookForOtherProxies",
-		note: fmt.Sprintf("this node has rules of %s. Fairlead's rules come first, but %s. Remove the rules with kube-proxy --cleanup, or with: %s",
-			rules, effect, remove),
+		note: fmt.Sprintf("this node has rules of %s. Fairlead's rules come first, but %s. Remove the rules with fairlead cleanup --kube-proxy, or with kube-proxy --cleanup",
+			rules, effect),
 	})
 }
 

@@ -157,7 +157,7 @@ func (p *kubeProxy) cleanUp() error {
 	return err
 }
 
-// checkRemoveCommand removes kube-proxy's rules with the commands that Fairlead suggests, and
+// checkRemoveCommand removes kube-proxy's rules with the command that Fairlead suggests, and
 // checks that none is left.
 func checkRemoveCommand(s *scenario, p *kubeProxy) {
 	s.Helper()
@@ -178,10 +178,10 @@ func checkRemoveCommand(s *scenario, p *kubeProxy) {
 	if len(rules) != 1 {
 		s.Fatalf("found %v, want the rules of one mode", rules)
 	}
-	_, err := p.output("sh", "-c", rules[0].RemovalCommands())
+	_, err := p.output(s.fairlead.binary, "cleanup", "--kube-proxy")
 	s.must(err)
 	if left := scan(); len(left) > 0 {
-		s.Errorf("%s left %v", rules[0].RemovalCommands(), left)
+		s.Errorf("fairlead cleanup --kube-proxy left %v", left)
 	}
 }
 
@@ -268,7 +268,7 @@ func (s *scenario) waitOtherProxyEvent(mode string) {
 
 // TestKubeProxy runs the real kube-proxy before, after and at the same time as Fairlead. The
 // proxy that is running decides where new connections go; open connections continue. See
-// docs/rollback.md.
+// docs/migrate-from-kube-proxy.md.
 func TestKubeProxy(t *testing.T) {
 	if os.Getenv(kubeProxyEnv) != "" {
 		t.Skip("kube-proxy runs in place of Fairlead")
