@@ -62,10 +62,10 @@ const (
 	errNodeAddr    addrError = "is an address of this node"
 )
 
-// parseAddr parses an IP address as older API servers and kube-proxy accept it: IPv4 octets with
-// leading zeros are decimal, and an IPv4-mapped IPv6 address is returned as IPv4. The error is an
-// addrError.
-func parseAddr(text string) (netip.Addr, error) {
+// ParseAddr parses an IP address as older API servers and kube-proxy accept it: IPv4 octets with
+// leading zeros are decimal, and an IPv4-mapped IPv6 address is returned as IPv4. The error completes
+// a sentence that begins with the text.
+func ParseAddr(text string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(text)
 	if err != nil {
 		var ok bool
@@ -76,16 +76,22 @@ func parseAddr(text string) (netip.Addr, error) {
 	if addr.Zone() != "" {
 		return netip.Addr{}, errZone
 	}
-	if addr = addr.Unmap(); addr.IsUnspecified() {
-		return netip.Addr{}, errUnspecified
-	}
-	return addr, nil
+	return addr.Unmap(), nil
 }
 
-// parseNetwork parses a network as older API servers and kube-proxy accept it. It clears host
+// parseAddr is like [ParseAddr], but rejects the unspecified address. The error is an addrError.
+func parseAddr(text string) (netip.Addr, error) {
+	addr, err := ParseAddr(text)
+	if err == nil && addr.IsUnspecified() {
+		return netip.Addr{}, errUnspecified
+	}
+	return addr, err
+}
+
+// ParseNetwork parses a network as older API servers and kube-proxy accept it. It clears host
 // bits and accepts leading zeros in IPv4 octets and in the prefix length. An IPv4-mapped IPv6
 // network is returned as IPv4 unless it also contains other addresses. The error is an addrError.
-func parseNetwork(text string) (netip.Prefix, error) {
+func ParseNetwork(text string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(text)
 	if err != nil {
 		_, network, err := netutils.ParseCIDRSloppy(text)

@@ -187,7 +187,7 @@ func newDataplaneNode(opts Options, in networks) dataplane.Node {
 func parseNetworks(texts []string) []netip.Prefix {
 	parsed := make([]netip.Prefix, 0, len(texts))
 	for _, text := range texts {
-		if network, err := parseNetwork(text); err == nil {
+		if network, err := ParseNetwork(text); err == nil {
 			parsed = append(parsed, network)
 		}
 	}

@@ -55,7 +55,7 @@ func ParseNodePortAddresses(values []string) (NodePortAddresses, error) {
 		case nodePortAll:
 			keyword = &a.All
 		default:
-			network, err := parseNetwork(text)
+			network, err := ParseNetwork(text)
 			if err != nil {
 				return NodePortAddresses{}, fmt.Errorf(
 					"%q %w: use networks such as 192.0.2.0/24 or 2001:db8::/32, or primary, localhost or all", value, err)

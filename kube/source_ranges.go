@@ -30,7 +30,7 @@ func (c *conversion) sourceRanges() sourceRanges {
 	var bad4, bad6 bool
 	for i, entry := range c.service.Spec.LoadBalancerSourceRanges {
 		text := strings.TrimSpace(entry) // validation accepts surrounding spaces
-		network, err := parseNetwork(text)
+		network, err := ParseNetwork(text)
 		switch {
 		case err != nil:
 			six, four := strings.Contains(text, ":"), strings.Contains(text, ".")

@@ -183,6 +183,45 @@ winkernel: {enableDSR: false, networkName: "", sourceVip: ""}
 			args:     []string{"", "--hostname-override=NODE"},
 			warnings: []string{ignoredFields + "conntrack.max, resourceContainer, udpIdleTimeout (unknown field)"},
 		},
+		{
+			name: "fields in another case", source: "none: written for this test",
+			file:     configHeader + "clientConnection: {kubeconfig: KUBECONFIG}\nmode: nftables\nIPTables: {masqueradeAll: true}\nclustercidr: 10.244.0.0/16\n",
+			args:     []string{"--hostname-override=NODE"},
+			warnings: []string{ignoredFields + "IPTables (unknown field: write it as iptables); clustercidr (unknown field: write it as clusterCIDR)"},
+		},
+		{
+			name: "duplicate field", source: "none: written for this test",
+			file: configHeader + "clientConnection: {kubeconfig: KUBECONFIG}\nmode: \"\"\nclusterCIDR: 10.245.0.0/16\nclusterCIDR: 10.244.0.0/16\n",
+			args: []string{"--hostname-override=NODE"}, iptables: true,
+			warnings: []string{ignoredFields + "clusterCIDR in line 5 (duplicate field: the value in line 6, 10.244.0.0/16, counts)"},
+		},
+		{
+			name: "fields of a newer release", source: "none: written for this test",
+			file: configHeader + `clientConnection: {kubeconfig: KUBECONFIG}
+mode: nftables
+nodePortAddresses: [primary]
+bindAddress: "::"
+iptables: {masqueradeAll: true}
+winkernel: {enableDSR: false}
+detectLocalMode: ClusterCIDR
+kubeProxyAutoscaler: {}
+`,
+			args: []string{"--hostname-override=NODE"},
+			warnings: []string{
+				ignoredFields + "kubeProxyAutoscaler (unknown field)",
+				noEffect + "--config: iptables.masqueradeAll (it applies only to kube-proxy's iptables mode)",
+			},
+		},
+		{
+			name: "IPVS timeouts in nftables mode", source: "none: written for this test",
+			args: []string{
+				"--kubeconfig=KUBECONFIG", "--hostname-override=NODE", "--proxy-mode=nftables", "--healthz-port=9999", "--ipvs-tcp-timeout=1500ms", "",
+			},
+			warnings: []string{
+				noEffect + "--ipvs-tcp-timeout (it applies only to --mode=ipvs)",
+				"settings are deprecated: --healthz-port (it has no effect unless --healthz-bind-address is an address without a port: use --healthz-bind-address)",
+			},
+		},
 	}
 }
 
@@ -266,6 +305,12 @@ const apiServerAddress = "127.0.0.1:6443"
 // backend has a node port and this pod as its endpoint.
 func (n *testNode) serveAPI(pod string) (kubeconfig string) {
 	n.t.Helper()
+	return n.serveAPIWith(pod, func(next http.Handler) http.Handler { return next })
+}
+
+// serveAPIWith is like serveAPI, but wraps the API server's handler.
+func (n *testNode) serveAPIWith(pod string, wrap func(http.Handler) http.Handler) (kubeconfig string) {
+	n.t.Helper()
 	feed := apiserver.New()
 	var versions apiserver.VersionSequence
 	for _, o := range n.apiObjects(pod) {
@@ -279,7 +324,7 @@ func (n *testNode) serveAPI(pod string) (kubeconfig string) {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	server := &http.Server{Handler: feed, ReadHeaderTimeout: waitTimeout}
+	server := &http.Server{Handler: wrap(feed), ReadHeaderTimeout: waitTimeout}
 	go func() { _ = server.Serve(listener) }() // returns when the test closes the server
 	n.t.Cleanup(func() { _ = server.Close() })
 	kubeconfig = filepath.Join(n.t.TempDir(), "kubeconfig")

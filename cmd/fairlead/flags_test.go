@@ -33,7 +33,7 @@ func TestInvalidUsage(t *testing.T) {
 	// The error about a missing folder shows that the program accepted all other settings.
 	const folder = "--manifests=/does/not/exist"
 	const missing = "fairlead: --manifests: read folder /does/not/exist: no such file or directory\n"
-	const timeouts = " is not a whole number of seconds from 0 to 596h31m23s: write it as 15m or 90s, or 0 to keep the kernel's value\n"
+	const timeouts = " is not a duration: write it as 15m or 90s, or 0 to keep the kernel's value\n"
 	tests := []struct {
 		name string
 		args []string
@@ -41,6 +41,7 @@ func TestInvalidUsage(t *testing.T) {
 	}{
 		{"unknown command", []string{"launch"}, "fairlead: unknown command \"launch\" for \"fairlead\"\n"},
 		{"unknown flag", []string{"run", "--manifest=x"}, "fairlead: unknown flag: --manifest: see fairlead run --help\n"},
+		{"flag that kube-proxy has removed", []string{"run", "--logtostderr"}, "fairlead: unknown flag: --logtostderr: see fairlead run --help\n"},
 		{"flag without a value", []string{"run", "--manifests"}, "fairlead: flag needs an argument: --manifests: see fairlead run --help\n"},
 		{"argument", []string{"run", "x"}, "fairlead: unknown command \"x\" for \"fairlead run\"\n"},
 		{"argument of cleanup", []string{"cleanup", "nft"}, "fairlead: unknown command \"nft\" for \"fairlead cleanup\"\n"},
@@ -138,8 +139,8 @@ func TestInvalidUsage(t *testing.T) {
 		{"cluster domain with its dot", []string{"run", folder, "--cluster-domain=cluster.local."}, missing},
 		{
 			"node name",
-			[]string{"run", folder, "--hostname-override=node 1"},
-			"fairlead: --hostname-override: \"node 1\" is not a valid node name: write it as node-1 or node-1.example\n",
+			[]string{"run", folder, "--hostname-override= "},
+			"fairlead: --hostname-override: \" \" is not a node name: write it as node-1 or node-1.example\n",
 		},
 		{"node name in upper case", []string{"run", folder, "--hostname-override=Node-1.example"}, missing},
 
@@ -192,10 +193,9 @@ func TestInvalidUsage(t *testing.T) {
 			"fairlead: --ipvs-strict-arp: \"maybe\" is not a boolean: use true or false\n",
 		},
 		{
-			"IPVS timeouts: negative, fraction of a second, too long",
+			"IPVS timeouts: negative, fraction of a second, longest",
 			[]string{"run", folder, "--mode=ipvs", "--ipvs-tcp-timeout=-1s", "--ipvs-tcpfin-timeout=1500ms", "--ipvs-udp-timeout=600h"},
-			"fairlead: --ipvs-tcp-timeout: \"-1s\"" + timeouts + "fairlead: --ipvs-tcpfin-timeout: \"1500ms\"" + timeouts +
-				"fairlead: --ipvs-udp-timeout: \"600h\"" + timeouts,
+			"fairlead: --ipvs-tcp-timeout: \"-1s\"" + timeouts,
 		},
 		{
 			"IPVS timeout without unit",
@@ -221,11 +221,15 @@ func TestInvalidUsage(t *testing.T) {
 			"fairlead: --metrics-bind-address: \":10249\" is not an address with a port: write it as 127.0.0.1:10249 or [::1]:10249\n",
 		},
 		{"healthz address without port", []string{"run", folder, "--healthz-bind-address=127.0.0.1"}, missing},
-		{"port", []string{"run", folder, "--healthz-port=65536"}, "fairlead: --healthz-port: \"65536\" is not an integer from 0 to 65535\n"},
-		{"negative port", []string{"run", folder, "--metrics-port=-1"}, "fairlead: --metrics-port: \"-1\" is not an integer from 0 to 65535\n"},
+		{
+			"port", []string{"run", folder, "--healthz-bind-address=0.0.0.0", "--healthz-port=65536"},
+			"fairlead: --healthz-port: \"65536\" is not an integer from 1 to 65535\n",
+		},
+		{
+			"port that is no number", []string{"run", folder, "--metrics-port=x"},
+			"fairlead: --metrics-port: \"x\" is not an integer from -2147483648 to 2147483647\n",
+		},
 		{"invalid boolean", []string{"run", folder, "--masquerade-all=maybe"}, "fairlead: --masquerade-all: \"maybe\" is not a boolean: use true or false\n"},
-		{"rate not a number", []string{"run", folder, "--kube-api-qps=NaN"}, "fairlead: --kube-api-qps: \"NaN\" is not a number: write it as 5 or 2.5\n"},
-		{"infinite rate", []string{"run", folder, "--kube-api-qps=+Inf"}, "fairlead: --kube-api-qps: \"+Inf\" is not a number: write it as 5 or 2.5\n"},
 		{"rate too large", []string{"run", folder, "--kube-api-qps=1e39"}, "fairlead: --kube-api-qps: \"1e39\" is not a number: write it as 5 or 2.5\n"},
 		{"invalid rate", []string{"run", folder, "--kube-api-qps=fast"}, "fairlead: --kube-api-qps: \"fast\" is not a number: write it as 5 or 2.5\n"},
 		{"negative burst", []string{"run", folder, "--kube-api-burst=-1"}, "fairlead: --kube-api-burst: \"-1\" is not an integer from 0 to 2147483647\n"},
@@ -292,13 +296,13 @@ func TestInvalidUsage(t *testing.T) {
 			"many errors",
 			[]string{
 				"run", folder, "--mode=x", "--service-cidr=x", "--cluster-cidr=x", "--dns-listen=x", "--cluster-domain=-",
-				"--hostname-override=-", "--log-level=x", "--log-format=x",
+				"--hostname-override= ", "--log-level=x", "--log-format=x",
 			},
 			`fairlead: --mode: unknown mode "x": use nft or ipvs
 fairlead: --service-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
 fairlead: --dns-listen: "x" is not an address with a port: write it as 10.0.0.1:53 or [fd00::1]:53
 fairlead: --cluster-domain: "-" is not a domain name: write it as cluster.local
-fairlead: --hostname-override: "-" is not a valid node name: write it as node-1 or node-1.example
+fairlead: --hostname-override: " " is not a node name: write it as node-1 or node-1.example
 fairlead: --cluster-cidr: "x" is not a network: write it as 10.96.0.0/12 or fd00:96::/112
 fairlead: --log-level: unknown level "x": use debug, info, warn or error
 fairlead: --log-format: unknown format "x": use text or json

@@ -77,6 +77,31 @@ unknown: 1
 		}},
 		{"nftables by flag", "", []string{"--proxy-mode=nftables", "--iptables-sync-period=7s", "--iptables-localhost-nodeports=false"}},
 		{"kubeadm", kubeadmConfig(t), nil},
+		// Values that kube-proxy's parsers accept although they look wrong.
+		{"unusual numbers and addresses", "", []string{
+			"", "--kube-api-burst=0x10", "--kube-api-qps=-1", "--conntrack-min=1_000", "--cluster-cidr=10.1.0.0/16", "--cluster-cidr=010.0.0.1/8,fd00::1/8",
+			"--bind-address=010.0.0.1", "--healthz-bind-address=127.000.000.001:5", "--nodeport-addresses=010.0.0.0/8,::ffff:10.0.0.0/104",
+			"--healthz-port=70000", "--metrics-port=-1", "--hostname-override=$(NODE_NAME)", "--vmodule=", "--feature-gates=",
+			"--show-hidden-metrics-for-version=1.36", "--log_flush_frequency=7s",
+		}},
+		{"invalid values of other modes", "", []string{
+			"--proxy-mode=nftables", "--ipvs-tcp-timeout=-1s", "--ipvs-scheduler=none", "--ipvs-exclude-cidrs=pods", "--detect-local-mode=NodeCIDR",
+			"--cluster-cidr=pods", "--pod-bridge-interface=a/name-that-is-too-long", "--iptables-localhost-nodeports=F",
+		}},
+		{"unusual values for ipvs", "", []string{
+			"--proxy-mode=ipvs", "--ipvs-tcp-timeout=1500ms", "--ipvs-udp-timeout=999999h", "--ipvs-exclude-cidrs=010.0.0.1/8", "--ipvs-strict-arp=T",
+		}},
+		{"unusual values in a file", configHeader + `mode: ipvs
+bindAddress: 010.0.0.1
+healthzBindAddress: 010.0.0.2
+metricsBindAddress: "::1"
+hostnameOverride: node_b
+ipvs: {tcpTimeout: 1500ms, excludeCIDRs: [010.0.0.1/8]}
+detectLocalMode: NodeCIDR
+clusterCIDR: pods
+nodePortAddresses: [010.0.0.0/8]
+conntrack: {maxPerCore: 0x10}
+`, nil},
 		{"iptables", configHeader + all, nil},
 		{"nftables", configHeader + all + "mode: nftables\n", nil},
 		{"ipvs", configHeader + all + "mode: ipvs\n", []string{"--hostname-override=Node-C"}},

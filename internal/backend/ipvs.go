@@ -79,7 +79,7 @@ func ipvsFlags() []Flag {
 		},
 		{
 			Name: flagTCPTimeout, Kind: Duration, Default: "0s", Parse: parseTimeout,
-			Usage: "timeout of idle TCP connections in whole seconds, for all IPVS services of this node. 0: keep the kernel's value",
+			Usage: "timeout of idle TCP connections, for all IPVS services of this node. Fractions of a second are cut off. 0: keep the kernel's value",
 		},
 		{
 			Name: flagTCPFinTimeout, Kind: Duration, Default: "0s", Parse: parseTimeout,
@@ -103,11 +103,11 @@ func parseScheduler(text string) (any, error) {
 // signed 32-bit number of ticks, at most 1,000 per second.
 const maxTimeout = math.MaxInt32 / 1000 * time.Second
 
+// parseTimeout cuts off fractions of a second, like kube-proxy.
 func parseTimeout(text string) (any, error) {
 	d, err := time.ParseDuration(cmp.Or(text, "0"))
-	if err != nil || d < 0 || d > maxTimeout || d%time.Second != 0 {
-		return nil, fmt.Errorf("%q is not a whole number of seconds from 0 to %s: write it as 15m or 90s, or 0 to keep the kernel's value",
-			text, maxTimeout)
+	if err != nil || d < 0 {
+		return nil, fmt.Errorf("%q is not a duration: write it as 15m or 90s, or 0 to keep the kernel's value", text)
 	}
-	return d, nil
+	return min(d.Truncate(time.Second), maxTimeout), nil
 }

@@ -126,7 +126,7 @@ func (p *parser) boolean(name string) bool {
 
 // integer returns an integer between least and most, or least if the setting is not set.
 func (p *parser) integer(name string, least, most int64) int64 {
-	value, err := strconv.ParseInt(cmp.Or(p.text(name), strconv.FormatInt(least, 10)), 10, 64)
+	value, err := strconv.ParseInt(cmp.Or(p.text(name), strconv.FormatInt(least, 10)), 0, 64)
 	if err != nil || value < least || value > most {
 		p.fail(name, "%q is not an integer from %d to %d", p.text(name), least, most)
 		return least
@@ -134,16 +134,21 @@ func (p *parser) integer(name string, least, most int64) int64 {
 	return value
 }
 
-func (p *parser) float(name string) float32 {
+// rate returns a number of requests per second. Negative means unlimited, as in client-go; kube-proxy
+// does not limit requests to infinity or NaN either.
+func (p *parser) rate(name string) float32 {
 	value, err := strconv.ParseFloat(cmp.Or(p.text(name), "0"), 32)
-	if err != nil || math.IsNaN(value) || math.IsInf(value, 0) {
+	switch {
+	case err != nil:
 		p.fail(name, "%q is not a number: write it as 5 or 2.5", p.text(name))
+	case math.IsNaN(value) || math.IsInf(value, 0):
+		return -1
 	}
 	return float32(value)
 }
 
-// cidrs returns a list of CIDRs. If exact is set, host bits are an error; kube-proxy ignores
-// them in its own flags.
+// cidrs returns a list of CIDRs. If exact is set, host bits, leading zeros and IPv4 networks in IPv6
+// form are errors; kube-proxy accepts them in its own flags.
 func (p *parser) cidrs(name string, exact bool) []netip.Prefix {
 	var prefixes []netip.Prefix
 	for part := range splitList(p.text(name)) {
@@ -158,7 +163,11 @@ func (p *parser) cidrs(name string, exact bool) []netip.Prefix {
 }
 
 func parseCIDR(s string, exact bool) (netip.Prefix, error) {
-	p, err := netip.ParsePrefix(s)
+	parse := kube.ParseNetwork
+	if exact {
+		parse = netip.ParsePrefix
+	}
+	p, err := parse(s)
 	switch {
 	case err != nil:
 		return p, fmt.Errorf("%q is not a network: write it as 10.96.0.0/12 or fd00:96::/112", s)
@@ -193,13 +202,9 @@ func parse(in input) (Config, error) {
 	c.Mode, c.Values = b.Name, p.backendValues(b)
 	c.InitOnly, c.Cleanup, c.WriteConfigTo = p.boolean("init-only"), p.boolean("cleanup"), p.text("write-config-to")
 	p.setSource(&c)
-	nodeName, err := nodeName(p.label("hostname-override"), p.text("hostname-override"))
-	if err != nil {
-		p.errs = append(p.errs, err)
-	}
 	bind := p.bindAddress()
 	c.Tracker = kube.Options{
-		NodeName:          nodeName,
+		NodeName:          p.nodeName(&c),
 		BindAddress:       bind,
 		MasqueradeAll:     p.boolean("masquerade-all"),
 		DetectLocal:       p.detectLocal(&c),
@@ -309,7 +314,7 @@ func (p *parser) setSource(c *Config) {
 	}
 	c.API = APIServer{
 		Kubeconfig: p.text("kubeconfig"), Master: p.text("master"), Label: p.label("kubeconfig"),
-		QPS: p.float("kube-api-qps"), Burst: int(p.integer("kube-api-burst", 0, 1<<31-1)),
+		QPS: p.rate("kube-api-qps"), Burst: int(p.integer("kube-api-burst", 0, 1<<31-1)),
 		ContentType: p.values["kube-api-content-type"], AcceptContentTypes: p.values[acceptContentTypes],
 		BatchPeriod:      p.apiDuration(c, "batch-period", maxBatchPeriod, "50ms, or 0 to read every change at once"),
 		MassRemovalDelay: p.apiDuration(c, "mass-removal-delay", maxMassRemovalDelay, "1m, or 0 to remove Services and endpoints at once"),
@@ -378,27 +383,37 @@ func (p *parser) serviceCIDRs() []netip.Prefix {
 	return prefixes
 }
 
-// nodeName returns the name of this node, converted to lower case like the kubelet's.
-func nodeName(label, override string) (string, error) {
-	name := override
+// nodeName returns the name of this node, converted to lower case like the kubelet's. Like kube-proxy,
+// it accepts names that no Node can have.
+func (p *parser) nodeName(c *Config) string {
+	const setting = "hostname-override"
+	override := p.text(setting)
+	name, origin := override, p.label(setting)
 	if name == "" {
 		var err error
 		if name, err = os.Hostname(); err != nil {
-			return "", fmt.Errorf("%s is not set and the hostname is unknown: %w", label, err)
+			p.errs = append(p.errs, fmt.Errorf("%s is not set and the hostname is unknown: %w", origin, err))
+			return ""
 		}
+		origin = "the hostname " + name
 	}
 	name = strings.ToLower(strings.TrimSpace(name))
-	if !kube.IsDNSSubdomain(name) {
-		return "", fmt.Errorf("%s: %q is not a valid node name: write it as node-1 or node-1.example", label, cmp.Or(override, name))
+	switch {
+	case name == "":
+		p.fail(setting, "%q is not a node name: write it as node-1 or node-1.example", override)
+	case !kube.IsDNSSubdomain(name):
+		c.Warnings = append(c.Warnings, Warning{
+			origin, fmt.Sprintf("no Node has the name %q, so no endpoint is local: write it as node-1 or node-1.example", name), InvalidValue,
+		})
 	}
-	return name, nil
+	return name
 }
 
 // detectLocal returns how to detect local pod traffic.
 func (p *parser) detectLocal(c *Config) kube.DetectLocal {
 	const name = "detect-local-mode"
 	d := kube.DetectLocal{
-		Mode: kube.DetectLocalMode(p.text(name)), ClusterCIDRs: p.cidrs("cluster-cidr", false),
+		Mode: kube.DetectLocalMode(p.text(name)), ClusterCIDRs: p.clusterCIDRs(c),
 		Interface: p.text("pod-bridge-interface"), InterfacePrefix: p.text("pod-interface-name-prefix"),
 	}
 	switch d.Mode {
@@ -420,20 +435,38 @@ func (p *parser) detectLocal(c *Config) kube.DetectLocal {
 	}
 	// The kernel's IFNAMSIZ without the terminating zero.
 	const longest = 15
-	for name, value := range map[string]string{"pod-bridge-interface": d.Interface, "pod-interface-name-prefix": d.InterfacePrefix} {
-		if len(value) > longest || strings.ContainsAny(value, "/ \t\n") {
-			p.fail(name, "%q is not a valid interface name: use at most %d characters, no slash and no space", value, longest)
-		}
-	}
 	for name, mode := range map[string]kube.DetectLocalMode{
 		"pod-bridge-interface":      kube.DetectByBridgeInterface,
 		"pod-interface-name-prefix": kube.DetectByInterfaceNamePrefix,
 	} {
-		if _, ok := p.values[name]; ok && d.Mode != mode {
+		switch value, ok := p.values[name]; {
+		case !ok:
+		case d.Mode != mode:
 			c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: fmt.Sprintf("it requires %s=%s", p.label("detect-local-mode"), mode)})
+		case len(value) > longest || strings.ContainsAny(value, "/ \t\n"):
+			p.fail(name, "%q is not a valid interface name: use at most %d characters, no slash and no space", value, longest)
 		}
 	}
 	return d
+}
+
+// clusterCIDRs returns the networks of --cluster-cidr. Like kube-proxy, it accepts any text in other
+// modes to detect local traffic.
+func (p *parser) clusterCIDRs(c *Config) []netip.Prefix {
+	const name, mode = "cluster-cidr", "detect-local-mode"
+	if p.text(mode) == string(kube.DetectByClusterCIDR) {
+		return p.cidrs(name, false)
+	}
+	var prefixes []netip.Prefix
+	for part := range splitList(p.text(name)) {
+		prefix, err := parseCIDR(part, false)
+		if err != nil {
+			c.Warnings = append(c.Warnings, Warning{Setting: p.label(name), Reason: fmt.Sprintf("it requires %s=%s", p.label(mode), kube.DetectByClusterCIDR)})
+			return nil
+		}
+		prefixes = append(prefixes, prefix)
+	}
+	return prefixes
 }
 
 // bindAddress returns --bind-address, or the zero Addr if it is not set.
@@ -442,12 +475,12 @@ func (p *parser) bindAddress() netip.Addr {
 	if value == "" {
 		return netip.Addr{}
 	}
-	addr, err := netip.ParseAddr(value)
-	if err != nil || addr.Zone() != "" {
+	addr, err := kube.ParseAddr(value)
+	if err != nil {
 		p.fail("bind-address", "%q is not an IP address: write it as 192.0.2.1 or 2001:db8::1", value)
 		return netip.Addr{}
 	}
-	return addr.Unmap()
+	return addr
 }
 
 // nodePortAddresses returns the addresses that node ports are served on.
@@ -468,26 +501,52 @@ func (p *parser) nodePortAddresses(c Config) kube.NodePortAddresses {
 
 // serverAddress returns the host:port of a server, or an empty string for no server.
 func (p *parser) serverAddress(c *Config, what, host, port string) string {
-	name, portName := what+"-bind-address", what+"-port"
-	if _, ok := p.values[portName]; ok {
-		c.Warnings = append(c.Warnings, Warning{p.label(portName), "use " + p.label(name), Deprecated})
-		given := p.integer(portName, 0, 1<<16-1)
-		if given == 0 {
-			return ""
-		}
+	name := what + "-bind-address"
+	value, ok := p.values[name]
+	addr, err := kube.ParseAddr(value)
+	portAllowed := ok && err == nil // the address has no port
+	switch given, set := p.serverPort(c, what, portAllowed); {
+	case set && given == 0:
+		return ""
+	case set && portAllowed:
 		port = strconv.FormatInt(given, 10)
 	}
-	value, ok := p.values[name]
-	if !ok {
+	switch {
+	case !ok:
 		return net.JoinHostPort(host, port)
+	case err == nil:
+		return net.JoinHostPort(addr.String(), port)
 	}
-	if addr, err := netip.ParseAddr(value); err == nil && addr.Zone() == "" {
-		return net.JoinHostPort(value, port)
+	host, given, err := net.SplitHostPort(value)
+	if err == nil {
+		addr, err = kube.ParseAddr(host)
 	}
-	if addr, err := netip.ParseAddrPort(value); err != nil || addr.Port() == 0 || addr.Addr().Zone() != "" {
+	if number, portErr := strconv.ParseUint(given, 10, 16); err != nil || portErr != nil || number == 0 {
 		p.fail(name, "%q is not an address with a port: write it as 127.0.0.1:%s or [::1]:%s", value, port, port)
+		return value
 	}
-	return value
+	return net.JoinHostPort(addr.String(), given)
+}
+
+// serverPort returns the deprecated setting of a server's port, and whether it is set. As in
+// kube-proxy, 0 means no server, and another port has no effect on an address with a port, such as
+// the default.
+func (p *parser) serverPort(c *Config, what string, allowed bool) (port int64, set bool) {
+	name, replacement := what+"-port", p.label(what+"-bind-address")
+	if _, ok := p.values[name]; !ok {
+		return 0, false
+	}
+	reason := "use " + replacement
+	port = p.integer(name, math.MinInt32, math.MaxInt32)
+	switch {
+	case port == 0:
+	case allowed:
+		port = p.integer(name, 1, math.MaxUint16)
+	default:
+		reason = fmt.Sprintf("it has no effect unless %s is an address without a port: use %[1]s", replacement)
+	}
+	c.Warnings = append(c.Warnings, Warning{p.label(name), reason, Deprecated})
+	return port, true
 }
 
 // logging returns the log level and the log format.
@@ -526,7 +585,7 @@ func (p *parser) warnIgnored(c *Config) {
 		case kindBool:
 			_, err = strconv.ParseBool(value)
 		case kindInt:
-			_, err = strconv.ParseInt(value, 10, 64)
+			_, err = strconv.ParseInt(value, 0, 64)
 		case kindFloat:
 			_, err = strconv.ParseFloat(value, 64)
 		case kindDuration:

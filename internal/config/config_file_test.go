@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -290,13 +291,47 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
+			"values that only kube-proxy's parsers accept",
+			[]string{
+				"--kube-api-qps=+Inf", "--kube-api-burst=0x10", "--conntrack-min=1_000", "--cluster-cidr=10.1.0.0/16", "--cluster-cidr=010.0.0.1/08,::ffff:10.2.0.0/112",
+				"--bind-address=010.0.0.1", "--healthz-bind-address=127.000.000.001:5", "--metrics-bind-address=010.0.0.2",
+			},
+			func(c *Config) {
+				c.API.QPS, c.API.Burst, c.Conntrack.Min = -1, 16, 1000
+				c.Tracker.DetectLocal.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("10.2.0.0/16")}
+				c.Tracker.BindAddress = netip.MustParseAddr("10.0.0.1")
+				c.HealthzAddress, c.MetricsAddress = "127.0.0.1:5", "10.0.0.2:10249"
+			},
+		},
+		{
+			"networks and interfaces that another mode to detect local traffic ignores",
+			[]string{"--detect-local-mode=NodeCIDR", "--cluster-cidr=10.0.0.0/8,pods", "--pod-bridge-interface=a/b"},
+			func(c *Config) {
+				c.Tracker.DetectLocal.Mode, c.Tracker.DetectLocal.Interface = "NodeCIDR", "a/b"
+				c.Warnings = []Warning{
+					{"--cluster-cidr", "it requires --detect-local-mode=ClusterCIDR", NoEffect},
+					{"--pod-bridge-interface", "it requires --detect-local-mode=BridgeInterface", NoEffect},
+				}
+			},
+		},
+		{
+			"IPVS timeouts",
+			[]string{"--mode=ipvs", "--ipvs-tcp-timeout=1500ms", "--ipvs-tcpfin-timeout=999ms", "--ipvs-udp-timeout=999999h"},
+			func(c *Config) {
+				c.Mode, c.ProxyMode = backend.IPVS, "ipvs"
+				c.Values = ipvsValues(backend.Values{
+					"ipvs-tcp-timeout": time.Second, "ipvs-tcpfin-timeout": time.Duration(0), "ipvs-udp-timeout": math.MaxInt32 / 1000 * time.Second,
+				})
+			},
+		},
+		{
 			"deprecated ports",
 			[]string{"--healthz-port=0", "--metrics-port=9999"},
 			func(c *Config) {
-				c.HealthzAddress, c.MetricsAddress = "", "127.0.0.1:9999"
+				c.HealthzAddress = ""
 				c.Warnings = []Warning{
 					{"--healthz-port", "use --healthz-bind-address", Deprecated},
-					{"--metrics-port", "use --metrics-bind-address", Deprecated},
+					{"--metrics-port", "it has no effect unless --metrics-bind-address is an address without a port: use --metrics-bind-address", Deprecated},
 				}
 			},
 		},
@@ -313,7 +348,7 @@ func TestFlags(t *testing.T) {
 			[]string{"--healthz-port=1", "--healthz-bind-address=192.0.2.1:2"},
 			func(c *Config) {
 				c.HealthzAddress = "192.0.2.1:2"
-				c.Warnings = []Warning{{"--healthz-port", "use --healthz-bind-address", Deprecated}}
+				c.Warnings = []Warning{{"--healthz-port", "it has no effect unless --healthz-bind-address is an address without a port: use --healthz-bind-address", Deprecated}}
 			},
 		},
 		{
@@ -544,11 +579,10 @@ func TestInvalidConfigFile(t *testing.T) {
 				` --config: healthzBindAddress: "here" is not an address with a port: write it as 127.0.0.1:10256 or [::1]:10256`,
 		},
 		{
-			"wrong IPVS settings", configHeader + "mode: ipvs\nipvs: {scheduler: least, excludeCIDRs: [pods], tcpTimeout: -1s, udpTimeout: 1.5s}\n",
+			"wrong IPVS settings", configHeader + "mode: ipvs\nipvs: {scheduler: least, excludeCIDRs: [pods], tcpTimeout: -1s}\n",
 			`--config: ipvs.scheduler: "least" is not an IPVS scheduler: use one of dh, fo, lblc, lblcr, lc, mh, nq, ovf, rr, sed, sh, twos, wlc, wrr` +
 				` --config: ipvs.excludeCIDRs: "pods" is not a network: write it as 10.96.0.0/12 or fd00:96::/112` +
-				` --config: ipvs.tcpTimeout: "-1s" is not a whole number of seconds from 0 to 596h31m23s: write it as 15m or 90s, or 0 to keep the kernel's value` +
-				` --config: ipvs.udpTimeout: "1.5s" is not a whole number of seconds from 0 to 596h31m23s: write it as 15m or 90s, or 0 to keep the kernel's value`,
+				` --config: ipvs.tcpTimeout: "-1s" is not a duration: write it as 15m or 90s, or 0 to keep the kernel's value`,
 		},
 	}
 	for _, test := range tests {

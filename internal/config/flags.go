@@ -148,7 +148,7 @@ func settings() []setting {
 		{name: "cluster-domain", kind: kindString, fairleadOnly: true, defaultValue: "cluster.local", usage: "with --manifests, domain of the DNS names of Services"},
 
 		{
-			name: "cluster-cidr", kind: kindList,
+			name: "cluster-cidr", kind: kindString, // kube-proxy uses the last value of a repeated flag
 			usage: "networks of the pods; connections to cluster IPs from other sources are masqueraded. Empty: no masquerading by source",
 		},
 		{

@@ -27,6 +27,9 @@ const (
 	Deprecated
 	// IgnoredField marks a field of the configuration file that kube-proxy ignores, too.
 	IgnoredField
+	// InvalidValue marks an invalid value that kube-proxy accepts, too. The reason says what
+	// applies instead.
+	InvalidValue
 )
 
 // message returns the message of the log line.
@@ -36,6 +39,8 @@ func (k WarningKind) message() string {
 		return "settings are deprecated"
 	case IgnoredField:
 		return "fields of the configuration file are ignored"
+	case InvalidValue:
+		return "settings have invalid values"
 	case NoEffect:
 	}
 	return "settings have no effect"
@@ -46,7 +51,7 @@ func (c Config) LogWarnings(ctx context.Context, log *slog.Logger) {
 	if notice := c.IPTablesNotice(); notice != "" {
 		log.WarnContext(ctx, "kube-proxy's mode iptables is replaced", "notice", notice)
 	}
-	for _, kind := range []WarningKind{IgnoredField, NoEffect, Deprecated} {
+	for _, kind := range []WarningKind{InvalidValue, IgnoredField, NoEffect, Deprecated} {
 		if settings := c.warningText(kind); settings != "" {
 			log.WarnContext(ctx, kind.message(), "settings", settings)
 		}

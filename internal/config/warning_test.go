@@ -13,7 +13,7 @@ func TestLogWarnings(t *testing.T) {
 	t.Parallel()
 	file := configHeader + "resourceContainer: /kube-proxy\nclustercidr: 10.0.0.0/8\nudpIdleTimeout: 0s\nipvs: {scheduler: lc, syncPeriod: 5s, minSyncPeriod: 1s}\n" +
 		"mode: iptables\nmode: nftables\nconfigSyncPeriod: 15m\nlogging: {flushFrequency: 5s, vmodule: [{filePattern: a, verbosity: 3}]}\n"
-	c, _, err := Load(parseFlags(t, "--config="+writeConfigFile(t, file), "--hostname-override=node", "--healthz-port=1", "--vmodule=a=3", "--feature-gates=A=true"))
+	c, _, err := Load(parseFlags(t, "--config="+writeConfigFile(t, file), "--hostname-override=node_1", "--healthz-port=1", "--vmodule=a=3", "--feature-gates=A=true"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -26,7 +26,9 @@ func TestLogWarnings(t *testing.T) {
 		return a
 	}}
 	c.LogWarnings(t.Context(), slog.New(slog.NewTextHandler(&log, options)))
-	const want = `level=WARN msg="fields of the configuration file are ignored" settings="clustercidr (unknown field: write it as clusterCIDR); ` +
+	const want = `level=WARN msg="settings have invalid values" settings="--hostname-override (no Node has the name \"node_1\", so no endpoint is local: ` +
+		`write it as node-1 or node-1.example)"` + "\n" +
+		`level=WARN msg="fields of the configuration file are ignored" settings="clustercidr (unknown field: write it as clusterCIDR); ` +
 		`mode in line 7 (duplicate field: the value in line 8, nftables, counts); resourceContainer, udpIdleTimeout (unknown field)"` + "\n" +
 		`level=WARN msg="settings have no effect" settings="--config: configSyncPeriod (Fairlead watches for changes and has nothing to refresh); ` +
 		`--config: ipvs.minSyncPeriod, --config: ipvs.syncPeriod (Fairlead programs changes as they arrive instead of periodically; use --batch-period to batch them); ` +

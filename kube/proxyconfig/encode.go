@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"reflect"
 	"strconv"
@@ -13,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
+	netutils "k8s.io/utils/net"
 	"sigs.k8s.io/yaml"
 )
 
@@ -112,7 +114,7 @@ func setDefaults(c *v1alpha1.KubeProxyConfiguration) {
 	c.BindAddress = cmp.Or(c.BindAddress, "0.0.0.0")
 	wildcard, loopback := "0.0.0.0", "127.0.0.1"
 	if addr, err := netip.ParseAddr(c.BindAddress); err == nil && addr.Is6() {
-		wildcard, loopback = "[::]", "[::1]"
+		wildcard, loopback = "::", "::1"
 	}
 	c.HealthzBindAddress = withPort(cmp.Or(c.HealthzBindAddress, wildcard), "10256")
 	c.MetricsBindAddress = withPort(cmp.Or(c.MetricsBindAddress, loopback), "10249")
@@ -167,16 +169,11 @@ func orPointer[T any](p *T, value T) *T {
 	return p
 }
 
-// withPort adds the port to an address that has none.
+// withPort adds the port to an address that has none. Like kube-proxy, it does not change invalid
+// addresses.
 func withPort(address, port string) string {
-	if _, err := netip.ParseAddrPort(address); err == nil {
+	if _, _, err := net.SplitHostPort(address); err == nil || netutils.ParseIPSloppy(address) == nil {
 		return address
 	}
-	if addr, err := netip.ParseAddr(strings.Trim(address, "[]")); err == nil {
-		if addr.Is6() {
-			return "[" + addr.String() + "]:" + port
-		}
-		return addr.String() + ":" + port
-	}
-	return address
+	return net.JoinHostPort(address, port)
 }

@@ -69,7 +69,9 @@ func buckets(f *dto.MetricFamily) []float64 {
 // TestMetrics compares the names, types, labels and buckets of Fairlead's metrics with the real
 // kube-proxy's. docs/compatibility.md names the metrics that Fairlead lacks.
 func TestMetrics(t *testing.T) {
-	kube, fair := kubeProxy(t), fairlead(t)
+	// These ports have no effect, because the default addresses have ports.
+	ports := []string{"--healthz-port=9998", "--metrics-port=9999"}
+	kube, fair := kubeProxy(t, ports...), fairlead(t, ports...)
 	kube.awaitProgrammed()
 	fair.awaitProgrammed()
 	for _, p := range []*proxy{kube, fair} {
