@@ -204,6 +204,7 @@ func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 		options.RefusedPackets = a.counters.readRefused
 	}
 	m := metrics.New(options)
+	m.AddConntrackSettings(func() int { return int(a.conntrackSettings.failing.Load()) })
 	m.AddNodeSettings(func() map[string]int { return countSettingProblems(a.nodeSettings.Problems()) })
 	return m
 }

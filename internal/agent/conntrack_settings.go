@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	stdsync "sync"
+	"sync/atomic"
 
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/config"
@@ -46,6 +47,7 @@ type conntrackSettings struct {
 	// connection tracking then.
 	programmed <-chan struct{}
 	changed    chan struct{}
+	failing    atomic.Int64 // settings that the last attempt could not apply
 
 	mu       stdsync.Mutex
 	settings conntracksettings.Settings
@@ -96,6 +98,7 @@ func (c *conntrackSettings) apply(ctx context.Context) {
 		result, err = s.Apply()
 	}
 	logConntrackChanges(ctx, result, c.log)
+	c.failing.Store(int64(len(result.Failures)))
 	const fix = "run `fairlead run --init-only` with the same settings in a privileged init container, set them on the host with sysctl, " +
 		"or set the matching fields of conntrack (--conntrack-*) to 0"
 	switch {

@@ -26,3 +26,12 @@ func (n *nodeSettingsCollector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(n.problems, prometheus.GaugeValue, float64(interfaces), setting)
 	}
 }
+
+// AddConntrackSettings adds a metric for connection-tracking settings that could not be applied.
+// Metrics calls failing on each scrape.
+func (m *Metrics) AddConntrackSettings(failing func() int) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: namespace, Name: "conntrack_settings_failing",
+		Help: "Connection-tracking settings of the configuration that could not be applied; see the log.",
+	}, func() float64 { return float64(failing()) }))
+}
