@@ -369,6 +369,10 @@ func followRunbook(n *migrationNode, checkEstablished func(after string)) {
 	n.t.Helper()
 	actions := map[string]func(){
 		"one node": func() { // the label stops kube-proxy and starts Fairlead
+			want := fmt.Sprintf("kube-proxy is running on this node (PID %d)", n.kubeProxy.Process.Pid)
+			if output, err := n.shell("fairlead cleanup --kube-proxy"); err == nil || !strings.Contains(output, want) {
+				n.t.Errorf("cleanup beside kube-proxy: error %v, output %q; want a failure with %q", err, output, want)
+			}
 			n.stopKubeProxy()
 			n.startFairlead()
 		},
