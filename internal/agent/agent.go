@@ -90,6 +90,7 @@ type Agent struct {
 	conntrack    *conntrack.Cleaner
 	relay        *relay.Relay
 	limiters     serverLimiters
+	listeners    listeners
 	healthChecks *health.Ports
 	nodeHealth   *health.Proxy
 	metrics      *metrics.Metrics
@@ -197,7 +198,7 @@ func New(o Options) (*Agent, error) {
 func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 	options := metrics.Options{
 		Version: a.version, Mode: a.config.Mode, KubernetesVersion: o.KubernetesVersion, Process: o.ProcessMetrics, Status: a.pipeline.Syncer.Status, RelayStats: a.relay.Stats,
-		ServerStats: a.limiters.stats, Standby: a.standby.isStandby, WaitingInstances: a.standby.waitingInstances,
+		ServerStats: a.limiters.stats, Listening: a.listenerStates, Standby: a.standby.isStandby, WaitingInstances: a.standby.waitingInstances,
 		APIResources: o.APIResources, APIConnection: o.APIConnection,
 	}
 	if a.counters != nil {
@@ -284,11 +285,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	active(a.dispatcher.events.Run)
 	a.serveHTTP(ctx, group, httpServer{
 		flag: "healthz-bind-address", address: a.config.HealthzAddress, handler: a.nodeHealth.Handler(), limiter: a.limiters.healthz,
-		report: a.dispatcher.events.HealthzServerFailed,
+		listening: &a.listeners.healthz, report: a.dispatcher.events.HealthzServerFailed,
 	})
 	a.serveHTTP(ctx, group, httpServer{
 		flag: "metrics-bind-address", address: a.config.MetricsAddress, handler: a.metricsHandler(), limiter: a.limiters.metrics,
-		report: a.dispatcher.events.MetricsServerFailed,
+		listening: &a.listeners.metrics, report: a.dispatcher.events.MetricsServerFailed,
 	})
 	if a.reloader != nil {
 		group.Go(func() error { return a.reloader.Run(ctx) })

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/pprof"
+	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
@@ -55,6 +56,8 @@ type httpServer struct {
 	flag, address string
 	handler       http.Handler
 	limiter       *connlimit.Limiter
+	// listening is set while the server listens.
+	listening *atomic.Bool
 	// report records an Event about a server that cannot listen.
 	report func(error)
 }
@@ -74,7 +77,7 @@ func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, s httpServ
 					s.report(fmt.Errorf("--%s: %w", s.flag, err))
 				}
 			},
-			Logger: a.log.With("setting", s.flag),
+			OnListening: s.listening.Store, Logger: a.log.With("setting", s.flag),
 		})
 		if err != nil {
 			return fmt.Errorf("--%s: %w", s.flag, err)
@@ -85,6 +88,21 @@ func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, s httpServ
 		run = a.standby.whenActive(run)
 	}
 	group.Go(func() error { return run(ctx) })
+}
+
+// listeners records which HTTP servers listen. Another process may hold the address.
+type listeners struct{ healthz, metrics atomic.Bool }
+
+// listenerStates returns by server name whether it listens, for the servers that are configured.
+func (a *Agent) listenerStates() map[string]bool {
+	states := map[string]bool{}
+	if a.config.HealthzAddress != "" {
+		states["healthz"] = a.listeners.healthz.Load()
+	}
+	if a.config.MetricsAddress != "" {
+		states["metrics"] = a.listeners.metrics.Load()
+	}
+	return states
 }
 
 // apiServerHealth returns a function for the field apiServer of /healthz, nil without an API

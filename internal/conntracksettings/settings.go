@@ -76,6 +76,35 @@ type Result struct {
 // values that differ, and tries all of them. The error is [ErrNotLoaded] or nil.
 func (s Settings) Apply() (Result, error) { return s.apply("/") }
 
+// Pending returns the changes that Apply would make. The error is [ErrNotLoaded] or nil.
+func (s Settings) Pending() ([]Change, error) {
+	result, err := s.applyWith(&writer{root: "/", dryRun: true})
+	return result.Changes, err
+}
+
+// Command returns a command that makes the change.
+func (c Change) Command() string {
+	if strings.HasPrefix(c.Name, "/") {
+		return fmt.Sprintf("echo %d >%s", c.New, c.Name)
+	}
+	return fmt.Sprintf("sysctl -w %s=%d", c.Name, c.New)
+}
+
+// Usage describes how full the table of connections is.
+type Usage struct{ Entries, Max int }
+
+// ReadUsage returns the number of connections in the network namespace of the calling thread, and
+// its maximum.
+func ReadUsage() (Usage, error) {
+	w := writer{root: "/"}
+	entries, err := w.read(sysctlPath(sysctlCount))
+	if err != nil {
+		return Usage{}, err
+	}
+	most, err := w.read(sysctlPath(sysctlMax))
+	return Usage{Entries: entries, Max: most}, err
+}
+
 // Load loads the kernel module of connection tracking, unless it is loaded.
 func Load() error {
 	if _, err := os.Stat(filepath.Join("/", sysctlPath(sysctlMax))); err == nil {
@@ -86,6 +115,7 @@ func Load() error {
 
 // Kernel names.
 const (
+	sysctlCount          = "net.netfilter.nf_conntrack_count"
 	sysctlMax            = "net.netfilter.nf_conntrack_max"
 	sysctlTCPEstablished = "net.netfilter.nf_conntrack_tcp_timeout_established"
 	sysctlTCPCloseWait   = "net.netfilter.nf_conntrack_tcp_timeout_close_wait"
@@ -107,14 +137,16 @@ const (
 func sysctlPath(name string) string { return "/proc/sys/" + strings.ReplaceAll(name, ".", "/") }
 
 // apply implements Apply. root is the directory that contains proc and sys.
-func (s Settings) apply(root string) (Result, error) {
+func (s Settings) apply(root string) (Result, error) { return s.applyWith(&writer{root: root}) }
+
+func (s Settings) applyWith(w *writer) (Result, error) {
+	root := w.root
 	if s == (Settings{}) || s == (Settings{Min: s.Min}) {
 		return Result{}, nil
 	}
 	if _, err := os.Stat(filepath.Join(root, sysctlPath(sysctlMax))); errors.Is(err, fs.ErrNotExist) {
 		return Result{}, ErrNotLoaded
 	}
-	w := &writer{root: root}
 	if desired := s.max(hostCPUs(root)); desired > 0 {
 		w.raise(sysctlMax, sysctlPath(sysctlMax), desired)
 		w.raise(hashSizePath, hashSizePath, desired/entriesPerBucket)
@@ -143,6 +175,7 @@ func (s Settings) max(cpus int) int {
 // writer writes settings and collects the result.
 type writer struct {
 	root   string
+	dryRun bool
 	result Result
 }
 
@@ -188,6 +221,9 @@ func (w *writer) read(path string) (int, error) {
 }
 
 func (w *writer) write(path string, value int) error {
+	if w.dryRun {
+		return nil
+	}
 	file, err := os.OpenFile(filepath.Join(w.root, path), os.O_WRONLY|os.O_TRUNC, 0)
 	if err != nil {
 		return err

@@ -82,8 +82,11 @@ type familyStatus struct {
 	Healthy     bool      `json:"healthy"`
 }
 
-// Handler serves /healthz, which returns 200 if the node is healthy and eligible, and /livez,
-// which returns 200 if it is healthy. Otherwise both return 503. The body is a JSON object.
+// Handler serves /healthz, which returns 200 if the node is healthy and eligible, /livez, which
+// returns 200 if it is healthy, and /readyz, which returns 200 if it is healthy and the kernel has
+// had the desired state at least once. Otherwise they return 503. The body is a JSON object.
+// kube-proxy has no /readyz and returns 404, so a probe of this path fails while kube-proxy
+// listens on the address.
 // Its field healthy does not depend on eligibility. lastUpdated is the current time if the
 // status is 200, and the last success otherwise. The body of /healthz also describes the
 // connection to the API server. Both IP families are programmed together, so
@@ -97,16 +100,31 @@ func (p *Proxy) Handler() http.Handler {
 			s := p.options.APIServer()
 			server = &s
 		}
-		p.respond(w, "/healthz", &eligible, server)
+		p.respond(w, "/healthz", p.options.Progress(), &eligible, server)
 	})
 	mux.HandleFunc("/livez", func(w http.ResponseWriter, _ *http.Request) {
-		p.respond(w, "/livez", nil, nil)
+		p.respond(w, "/livez", p.options.Progress(), nil, nil)
+	})
+	mux.HandleFunc(ReadyPath, func(w http.ResponseWriter, _ *http.Request) {
+		progress := p.options.Progress()
+		w.Header().Set(ReadyHeader, "fairlead")
+		if progress.LastSuccess.IsZero() {
+			progress.WaitingSince = time.Unix(0, 0) // nothing is programmed yet
+		}
+		p.respond(w, ReadyPath, progress, nil, nil)
 	})
 	return mux
 }
 
-func (p *Proxy) respond(w http.ResponseWriter, path string, eligible *bool, server *APIServer) {
-	progress, now := p.options.Progress(), time.Now()
+// ReadyPath is the path that reports whether this node is programmed. ReadyHeader is a header that
+// every response of this path has, so that clients can recognize Fairlead.
+const (
+	ReadyPath   = "/readyz"
+	ReadyHeader = "Service-Proxy"
+)
+
+func (p *Proxy) respond(w http.ResponseWriter, path string, progress Progress, eligible *bool, server *APIServer) {
+	now := time.Now()
 	a := healthResponse{
 		LastUpdated: progress.LastSuccess, CurrentTime: now,
 		NodeEligible: eligible, Healthy: p.healthy(progress, now), APIServer: server,

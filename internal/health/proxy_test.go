@@ -30,17 +30,18 @@ func TestProxyStatus(t *testing.T) {
 		success, waiting time.Duration
 		eligible         bool
 		healthz, livez   int
+		readyz           int
 	}{
-		{"before the first success", -1, -1, true, 200, 200},
-		{"just in time for the first success", -1, time.Minute - 1, true, 200, 200},
-		{"late for the first success", -1, time.Minute, true, 503, 503},
-		{"before the first success, not eligible", -1, -1, false, 503, 200},
-		{"idle for an hour", time.Hour, -1, true, 200, 200},
-		{"just in time", time.Hour, time.Minute - 1, true, 200, 200},
-		{"late", time.Hour, time.Minute, true, 503, 503},
-		{"late in spite of successes in between", time.Second, time.Hour, true, 503, 503},
-		{"not eligible", time.Second, -1, false, 503, 200},
-		{"late and not eligible", time.Hour, time.Hour, false, 503, 503},
+		{"before the first success", -1, -1, true, 200, 200, 503},
+		{"just in time for the first success", -1, time.Minute - 1, true, 200, 200, 503},
+		{"late for the first success", -1, time.Minute, true, 503, 503, 503},
+		{"before the first success, not eligible", -1, -1, false, 503, 200, 503},
+		{"idle for an hour", time.Hour, -1, true, 200, 200, 200},
+		{"just in time", time.Hour, time.Minute - 1, true, 200, 200, 200},
+		{"late", time.Hour, time.Minute, true, 503, 503, 503},
+		{"late in spite of successes in between", time.Second, time.Hour, true, 503, 503, 503},
+		{"not eligible", time.Second, -1, false, 503, 200, 200},
+		{"late and not eligible", time.Hour, time.Hour, false, 503, 503, 503},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -63,12 +64,12 @@ func TestProxyStatus(t *testing.T) {
 				if got, want := proxy.Healthy(), test.livez == 200; got != want {
 					t.Errorf("healthy: %t, want %t", got, want)
 				}
-				for path, want := range map[string]int{"/healthz": test.healthz, "/livez": test.livez, "/": 404, "/healthz/x": 404} {
+				for path, want := range map[string]int{"/healthz": test.healthz, "/livez": test.livez, "/readyz": test.readyz, "/": 404, "/healthz/x": 404} {
 					if got := get(t, proxy.Handler(), path); got.Code != want {
 						t.Errorf("%s: status %d, want %d", path, got.Code, want)
 					}
 				}
-				want := map[string]bool{fmt.Sprint("/healthz ", test.healthz): true, fmt.Sprint("/livez ", test.livez): true}
+				want := map[string]bool{fmt.Sprint("/healthz ", test.healthz): true, fmt.Sprint("/livez ", test.livez): true, fmt.Sprint("/readyz ", test.readyz): true}
 				got := map[string]bool{}
 				for _, a := range responses {
 					got[a] = true

@@ -58,6 +58,9 @@ type ServeOptions struct {
 	HardFail bool
 	// OnError, if not nil, is called after each failed attempt to serve.
 	OnError func(error)
+	// OnListening, if not nil, is called with true when the server listens, and with false when it
+	// no longer does.
+	OnListening func(bool)
 	// RetryNow, when closed, makes a waiting Serve retry immediately. It may be nil.
 	RetryNow <-chan struct{}
 	// Listen opens the socket. Nil uses this process's network namespace.
@@ -112,6 +115,10 @@ func serve(ctx context.Context, options ServeOptions) error {
 	l, err := options.Listen(ctx, "tcp", options.Address)
 	if err != nil {
 		return fmt.Errorf("listen on %s: %w", options.Address, err)
+	}
+	if options.OnListening != nil {
+		options.OnListening(true)
+		defer options.OnListening(false)
 	}
 	l = options.Limiter.Listener(l)
 	server := newServer(options.Handler, options.Logger)

@@ -46,6 +46,9 @@ type Options struct {
 	// ServerStats returns the connection statistics of the servers by name. Nil means that
 	// the agent runs no servers.
 	ServerStats func() map[string]connlimit.Stats
+	// Listening returns by name whether an HTTP server listens on its address. Nil means that
+	// there are no servers.
+	Listening func() map[string]bool
 	// RefusedPackets returns the packets that the kernel has refused. It may block for a
 	// short time. If it fails, the scrape omits these metrics; the function logs the error
 	// itself. Nil means that the kernel does not count refused packets.
@@ -150,6 +153,9 @@ func New(options Options) *Metrics {
 	}
 	m.addInstances(options)
 	m.addOtherProxy()
+	if options.Listening != nil {
+		m.registry.MustRegister(newListeningCollector(options.Listening))
+	}
 	if options.ServerStats != nil {
 		m.registry.MustRegister(newServerCollector(options.ServerStats))
 	}

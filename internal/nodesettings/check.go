@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+
+	"fairlead.io/fairlead/internal/nfhooks"
 )
 
 // Kind is the kind of setting of a [Problem], used as a metric label.
@@ -19,10 +21,13 @@ const (
 	BridgeIPv4    Kind = "bridge-nf-call-iptables"
 	BridgeIPv6    Kind = "bridge-nf-call-ip6tables"
 	RouteLocalnet Kind = "route_localnet"
+	IPForward     Kind = "ip_forward"
+	// ForwardPolicy is the policy of iptables' chain FORWARD.
+	ForwardPolicy Kind = "forward-policy"
 )
 
 // Kinds returns all kinds.
-func Kinds() []Kind { return []Kind{BridgeIPv4, BridgeIPv6, RouteLocalnet} }
+func Kinds() []Kind { return []Kind{BridgeIPv4, BridgeIPv6, RouteLocalnet, IPForward, ForwardPolicy} }
 
 // Problem describes a node setting with a wrong value.
 type Problem struct {
@@ -56,7 +61,11 @@ func Check(pods PodNetwork) ([]Problem, error) {
 	if err != nil {
 		return nil, err
 	}
-	problems = append(problems, localnet...)
+	forwarding, err := checkForwarding()
+	if err != nil {
+		return nil, err
+	}
+	problems = slices.Concat(problems, localnet, forwarding)
 	slices.SortFunc(problems, func(a, b Problem) int {
 		return cmp.Or(cmp.Compare(a.Setting, b.Setting), cmp.Compare(a.Interface, b.Interface))
 	})
@@ -132,6 +141,38 @@ func checkRouteLocalnet() ([]Problem, error) {
 			return []Problem{p}, nil
 		}
 		problems = append(problems, p)
+	}
+	return problems, nil
+}
+
+// checkForwarding finds settings that drop packets to pods. Only kube-proxy's mode iptables adds
+// rules that accept these packets in spite of the policy.
+func checkForwarding() ([]Problem, error) {
+	var problems []Problem
+	value, err := readSysctl("ipv4/" + string(IPForward))
+	if err != nil {
+		return nil, err
+	}
+	if value == "0" {
+		const setting = "net.ipv4." + string(IPForward)
+		problems = append(problems, Problem{
+			Kind: IPForward, Setting: setting, Interface: "all", Fix: "set " + setting + " to 1",
+			Consequence: "connections to pods of this node and of other nodes are dropped",
+		})
+	}
+	conn, err := nfhooks.Dial()
+	if err != nil {
+		return nil, err
+	}
+	droppers, err := conn.ForwardDrops()
+	if err := errors.Join(err, conn.Close()); err != nil {
+		return nil, err
+	}
+	for _, d := range droppers {
+		problems = append(problems, Problem{
+			Kind: ForwardPolicy, Setting: d.Name, Interface: "all", Fix: "accept connections to pods in another rule, or run " + d.Fix,
+			Consequence: "the policy is DROP: connections to pods are dropped unless a rule accepts them",
+		})
 	}
 	return problems, nil
 }

@@ -1,5 +1,5 @@
-// Package socketowner finds the process that owns a netlink socket, from /proc/net/netlink
-// and /proc/PID/fd (proc(5)).
+// Package socketowner finds the process that owns a socket, from /proc/net/netlink and
+// /proc/PID/fd (proc(5)).
 package socketowner
 
 import (
@@ -41,6 +41,10 @@ func ByNetlinkPort(protocol int, port uint32) (Process, error) {
 	}
 	return byInode(inode)
 }
+
+// ByInode returns the process that has the socket with this inode open. The error wraps
+// [ErrUnknown] if /proc shows no such process.
+func ByInode(inode uint32) (Process, error) { return byInode(strconv.FormatUint(uint64(inode), 10)) }
 
 // findInode returns the inode of a socket from the text of /proc/net/netlink. Its first
 // columns are the kernel address, the protocol and the port; the last is the inode

@@ -48,11 +48,25 @@ type proxy struct {
 // startProxy starts a program with an API server at apiAddress, unless withoutAPI is set.
 func startProxy(t *testing.T, withoutAPI bool, command ...string) *proxy {
 	t.Helper()
-	p := &proxy{t: t, net: nettest.NewT(t, nettest.Options{}), done: make(chan struct{})}
-	dir := t.TempDir()
+	p := &proxy{t: t, net: nettest.NewT(t, nettest.Options{})}
 	if !withoutAPI {
 		p.serveAPI()
 	}
+	p.start(command...)
+	return p
+}
+
+// startBeside starts a program on the node of another one.
+func startBeside(other *proxy, command ...string) *proxy {
+	other.t.Helper()
+	p := &proxy{t: other.t, net: other.net}
+	p.start(command...)
+	return p
+}
+
+// writeKubeconfig writes a kubeconfig file for the API server at apiAddress.
+func writeKubeconfig(t *testing.T, dir string) (path string) {
+	t.Helper()
 	kubeconfig := filepath.Join(dir, "kubeconfig")
 	text := `apiVersion: v1
 kind: Config
@@ -64,6 +78,15 @@ current-context: test
 	if err := os.WriteFile(kubeconfig, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	return kubeconfig
+}
+
+// start starts the program on the node.
+func (p *proxy) start(command ...string) {
+	t, dir := p.t, p.t.TempDir()
+	t.Helper()
+	p.done = make(chan struct{})
+	kubeconfig := writeKubeconfig(t, dir)
 	p.log = filepath.Join(dir, "log")
 	out, err := os.Create(p.log)
 	if err != nil {
@@ -91,7 +114,6 @@ current-context: test
 			t.Logf("log of %s:\n%s", command[0], text)
 		}
 	})
-	return p
 }
 
 // serveAPI starts an API server with a Node, a ServiceCIDR and a Service with one endpoint.
