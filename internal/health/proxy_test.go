@@ -74,7 +74,7 @@ func TestProxyStatus(t *testing.T) {
 				for _, a := range responses {
 					got[a] = true
 				}
-				if diff := cmp.Diff(want, got); diff != "" || len(responses) != 2 {
+				if diff := cmp.Diff(want, got); diff != "" || len(responses) != 3 {
 					t.Errorf("OnResponse got %v (-want +got):\n%s", responses, diff)
 				}
 			})

@@ -106,7 +106,7 @@ func legacyDroppers() ([]Dropper, error) {
 		for hook, chain := range map[Hook]string{Input: "INPUT", Forward: "FORWARD"} {
 			if entries != nil && f.policyDrops(entries, info.Underflow[hook]) {
 				droppers = append(droppers, Dropper{
-					Hook: hook, Name: fmt.Sprintf("chain %s of %s-legacy", chain, f.program), Family: f.family, Reason: "policy drop",
+					Hook: hook, Name: fmt.Sprintf("chain %s of %s-legacy", chain, f.program), Family: f.family, Reason: policyDrop,
 					Fix: f.program + "-legacy -P " + chain + " ACCEPT",
 				})
 			}

@@ -296,7 +296,7 @@ func (c *Conn) Droppers(chains []Chain, skip func(Chain) bool) ([]Dropper, error
 		if chain.Hook != Prerouting && chain.Hook != Input && chain.Hook != Forward || skip(chain) {
 			continue
 		}
-		reason := "policy drop"
+		reason := policyDrop
 		if !chain.Drops {
 			var err error
 			if reason, err = c.unconditionalDrop(chain); err != nil {
@@ -313,17 +313,30 @@ func (c *Conn) Droppers(chains []Chain, skip func(Chain) bool) ([]Dropper, error
 	return append(droppers, legacy...), err
 }
 
-// acceptCommand returns a command that makes the chain accept packets.
+// acceptCommand returns a command that makes the chain accept connections to Services. In input
+// chains these are connections to Fairlead itself, with the default node port range.
 func (c Chain) acceptCommand(reason string) string {
 	program := map[string]string{"ip": "iptables", "ip6": "ip6tables"}[c.Family]
-	if c.Table == "filter" && program != "" && c.Name == strings.ToUpper(c.Hook.String()) {
-		if reason == "policy drop" {
-			return program + " -P " + c.Name + " ACCEPT"
-		}
+	isIPTables := c.Table == "filter" && program != "" && c.Name == strings.ToUpper(c.Hook.String())
+	chain := fmt.Sprintf("%s %s %s", c.Family, c.Table, c.Name)
+	switch {
+	case isIPTables && c.Hook == Input:
+		return program + " -I INPUT -p tcp -m multiport --dports 10256,30000:32767 -j ACCEPT"
+	case isIPTables && reason == policyDrop:
+		return program + " -P " + c.Name + " ACCEPT"
+	case isIPTables:
 		return program + " -I " + c.Name + " -m conntrack --ctstate DNAT -j ACCEPT"
+	case c.Hook == Input:
+		return "nft insert rule " + chain + " tcp dport { 10256, 30000-32767 } accept"
+	case c.Hook == Forward:
+		return "nft insert rule " + chain + " ct status dnat accept"
+	default: // the packets are not translated yet
+		return "accept connections to Services in " + c.String()
 	}
-	return fmt.Sprintf("nft insert rule %s %s %s ct status dnat accept", c.Family, c.Table, c.Name)
 }
+
+// policyDrop is the reason of a Dropper without a rule that drops.
+const policyDrop = "policy drop"
 
 // unconditionalDrop returns a description of a rule in the chain itself that drops or rejects all
 // packets that reach it, or an empty string.
@@ -365,7 +378,7 @@ func (c *Conn) ForwardDrops() ([]Dropper, error) {
 			}
 			if isBase && chain.Drops {
 				droppers = append(droppers, Dropper{
-					Hook: Forward, Name: chain.String(), Family: chain.Family, Reason: "policy drop", Fix: chain.acceptCommand("policy drop"),
+					Hook: Forward, Name: chain.String(), Family: chain.Family, Reason: policyDrop, Fix: chain.acceptCommand(policyDrop),
 				})
 			}
 		}

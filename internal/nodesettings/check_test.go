@@ -77,6 +77,7 @@ func TestCheck(t *testing.T) {
 	for _, conf := range []string{"all", "cni0", "docker0", "p0"} {
 		sysctl("ipv4/conf/"+conf+"/route_localnet", "0")
 	}
+	sysctl("ipv4/ip_forward", "1")
 	pods := nodesettings.PodNetwork{CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10::/64")}}
 	check(pods) // a single pod has no connections over the bridge
 	ip("link add p1 type veth peer name q1")
@@ -91,6 +92,25 @@ func TestCheck(t *testing.T) {
 	check(pods, "net.bridge.bridge-nf-call-ip6tables cni0")
 	sysctl("bridge/bridge-nf-call-ip6tables", "1")
 	check(pods)
+	sysctl("ipv4/ip_forward", "0")
+	check(pods, "net.ipv4.ip_forward all")
+	sysctl("ipv4/ip_forward", "1")
+	for program, chain := range map[string]string{
+		"iptables-nft": "chain ip filter FORWARD", "ip6tables-nft": "chain ip6 filter FORWARD", "iptables-legacy": "chain FORWARD of iptables-legacy",
+	} {
+		for _, policy := range []string{"DROP", "ACCEPT"} {
+			do(func() error {
+				if out, err := exec.Command(program, "-P", "FORWARD", policy).CombinedOutput(); err != nil {
+					return fmt.Errorf("%s: %w: %s", program, err, out)
+				}
+				return nil
+			})
+			if policy == "DROP" {
+				check(pods, chain+" all")
+			}
+		}
+		check(pods)
+	}
 	sysctl("ipv4/conf/p0/route_localnet", "1")
 	check(pods, "net.ipv4.conf.p0.route_localnet p0")
 	sysctl("ipv4/conf/all/route_localnet", "1")
@@ -109,6 +129,9 @@ func TestWatcher(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	if err := ns.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0) }); err != nil {
+		t.Fatal(err)
+	}
 	set := func(value string) error {
 		return os.WriteFile("/proc/sys/net/ipv4/conf/all/route_localnet", []byte(value), 0)
 	}

@@ -2,6 +2,7 @@ package preflight
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -45,6 +46,10 @@ func (c *checker) checkCgroupPrograms() {
 	attachTypes := cgroupAttachTypes()
 	for _, name := range slices.Sorted(maps.Keys(attachTypes)) {
 		ids, err := queryPrograms(int(cgroup.Fd()), attachTypes[name], unix.BPF_F_QUERY_EFFECTIVE)
+		if errors.Is(err, unix.EBADF) {
+			c.Add(check, OK, "", "%s is not cgroup v2, which eBPF programs at sockets need", cgroupRoot)
+			return
+		}
 		if err != nil {
 			c.error(check, fmt.Errorf("list eBPF programs at %s of %s: %w", name, cgroupRoot, err))
 			return

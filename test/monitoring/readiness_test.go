@@ -1,8 +1,11 @@
 package monitoring_test
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"net/http"
+	"os/exec"
 	"strings"
 	"testing"
 )
@@ -53,4 +56,45 @@ func TestReadinessBesideKubeProxy(t *testing.T) {
 		t.Errorf("header %v, want Service-Proxy: fairlead", got.header)
 	}
 	awaitMetric(`fairlead_server_listening{server="healthz"} 1`)
+}
+
+// TestCheckBesideKubeProxy runs fairlead check beside the real kube-proxy in each mode that works in
+// a network namespace.
+func TestCheckBesideKubeProxy(t *testing.T) {
+	for _, mode := range []string{"nftables", "iptables"} {
+		t.Run(mode, func(t *testing.T) {
+			other := kubeProxy(t, "--proxy-mode="+mode)
+			other.awaitProgrammed()
+			check := exec.CommandContext(t.Context(), fairleadBinary, "check", "-o", "json", "--hostname-override="+nodeName,
+				"--kubeconfig="+writeKubeconfig(t, t.TempDir()))
+			var out bytes.Buffer
+			check.Stdout = &out
+			if err := other.net.Node.Do(check.Start); err != nil {
+				t.Fatal(err)
+			}
+			_ = check.Wait() // the API server of the test has no authorization, which is a failure
+			var report struct {
+				Findings []struct{ Check, Status, Message, Fix string }
+			}
+			if err := json.Unmarshal(out.Bytes(), &report); err != nil {
+				t.Fatalf("%v: %s", err, &out)
+			}
+			for _, want := range []struct{ check, status, text string }{
+				{"other-proxy", "warning", "kube-proxy's mode " + mode},
+				{"healthz-port", "warning", "(kube-proxy) listens on 0.0.0.0:10256"},
+				{"metrics-port", "warning", "(kube-proxy) listens on 127.0.0.1:10249"},
+				{"mode-nft", "ok", ""},
+				{"instance", "ok", "no Fairlead"},
+				{"masquerading", "info", "no other program"},
+			} {
+				found := false
+				for _, f := range report.Findings {
+					found = found || f.Check == want.check && f.Status == want.status && strings.Contains(f.Message, want.text)
+				}
+				if !found {
+					t.Errorf("no finding %v in:\n%s", want, &out)
+				}
+			}
+		})
+	}
 }
