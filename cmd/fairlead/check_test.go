@@ -109,7 +109,7 @@ func TestCheckFindings(t *testing.T) {
 	r.expect("firewall-input", preflight.Warning, "chain inet firewall in: unconditional rule reject", "dport { 10256, 30000-32767 } accept")
 	r.expect("firewall-prerouting", preflight.Warning, "chain inet firewall pre: policy drop")
 	r.expect("masquerading", preflight.Info, "chain ip nat POSTROUTING")
-	r.expect("other-proxy", preflight.Warning, "kube-proxy's mode nftables", "nft delete table ip kube-proxy")
+	r.expect("other-proxy", preflight.Warning, "kube-proxy's mode nftables", "fairlead cleanup --kube-proxy")
 	r.expect("translation-order", preflight.Info, "chain ip kube-proxy nat-prerouting (priority -100)")
 	r.expect("healthz-port", preflight.Warning, self, "its pod is not ready")
 	r.expect("metrics-port", preflight.OK, "free")

@@ -1,5 +1,5 @@
 // Package nfhooks reads which nf_tables base chains and other functions handle the packets of a
-// network namespace, in which order, and what they do with packets that no rule accepts. It also
+// network namespace, in which order, and which chains drop packets that no rule accepts. It also
 // reads the policies of iptables-legacy. It changes nothing.
 package nfhooks
 

@@ -20,7 +20,7 @@ type rule struct {
 	verdict int
 }
 
-// rules returns the rules of a table, or of one of its chains.
+// rules returns the rules of a table, or of a chain in the table.
 func (c *Conn) rules(family, table, chain string) ([]rule, error) {
 	attributes := []netlink.Attribute{{Type: unix.NFTA_RULE_TABLE, Data: []byte(table + "\x00")}}
 	if chain != "" {

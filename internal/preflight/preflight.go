@@ -25,7 +25,7 @@ type Options struct {
 	HealthzAddress, MetricsAddress string
 	Conntrack                      conntracksettings.Settings
 	PodNetwork                     nodesettings.PodNetwork
-	// API checks the API server. Nil means that there is none.
+	// API checks the API server. Nil means no API server.
 	API func(context.Context, *Report)
 }
 
@@ -180,7 +180,7 @@ func (c *checker) checkOtherProxies() {
 		c.error(check, err)
 	}
 	for _, r := range rules {
-		c.Add(check, Warning, "kube-proxy --cleanup, or "+r.RemovalCommands(), "rules of %s: %s", r, r.Effect())
+		c.Add(check, Warning, "fairlead cleanup --kube-proxy, or kube-proxy --cleanup", "rules of %s: %s", r, r.Effect())
 	}
 	if err == nil && len(rules) == 0 {
 		c.Add(check, OK, "", "no rules of kube-proxy in any mode")

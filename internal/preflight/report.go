@@ -24,9 +24,9 @@ type Finding struct {
 	// Check names the subject, such as kernel or forward-policy.
 	Check  string `json:"check"`
 	Status Status `json:"status"`
-	// Message says what was found and what follows from it.
+	// Message describes the finding and its consequence.
 	Message string `json:"message"`
-	// Fix is a command or an instruction, empty if there is nothing to fix.
+	// Fix is a command or an instruction, empty if no fix is needed.
 	Fix string `json:"fix,omitempty"`
 }
 
