@@ -222,11 +222,13 @@ func TestInvalidUsage(t *testing.T) {
 		},
 		{"healthz address without port", []string{"run", folder, "--healthz-bind-address=127.0.0.1"}, missing},
 		{
-			"port", []string{"run", folder, "--healthz-bind-address=0.0.0.0", "--healthz-port=65536"},
+			"port",
+			[]string{"run", folder, "--healthz-bind-address=0.0.0.0", "--healthz-port=65536"},
 			"fairlead: --healthz-port: \"65536\" is not an integer from 1 to 65535\n",
 		},
 		{
-			"port that is no number", []string{"run", folder, "--metrics-port=x"},
+			"port that is no number",
+			[]string{"run", folder, "--metrics-port=x"},
 			"fairlead: --metrics-port: \"x\" is not an integer from -2147483648 to 2147483647\n",
 		},
 		{"invalid boolean", []string{"run", folder, "--masquerade-all=maybe"}, "fairlead: --masquerade-all: \"maybe\" is not a boolean: use true or false\n"},

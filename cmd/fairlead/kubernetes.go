@@ -31,9 +31,9 @@ func kubernetesVersion() string {
 
 // processMetrics returns the metrics that kube-proxy has because of the Kubernetes libraries: the
 // Go runtime, the process, client-go and feature gates.
-func processMetrics() prometheus.Gatherer {
+func processMetrics(ctx context.Context) prometheus.Gatherer {
 	for _, f := range featureGates() {
-		feature.RecordFeatureInfo(context.Background(), f.name, f.stage, f.enabled)
+		feature.RecordFeatureInfo(ctx, f.name, f.stage, f.enabled)
 	}
 	return legacyregistry.DefaultGatherer
 }

@@ -75,7 +75,7 @@ func runProgram(ctx context.Context, flags config.Flags, values map[string]strin
 		return agent.Initialize(ctx, c, b, log)
 	}
 	options := agent.Options{
-		Config: c, Backend: b, Version: version, KubernetesVersion: kubernetesVersion(), ProcessMetrics: processMetrics(), Logger: log, LogLevel: level, Flags: values,
+		Config: c, Backend: b, Version: version, KubernetesVersion: kubernetesVersion(), ProcessMetrics: processMetrics(ctx), Logger: log, LogLevel: level, Flags: values,
 	}
 	if content != nil {
 		options.File = &agent.ConfigFile{Flags: flags, Content: content}

@@ -123,7 +123,8 @@ func TestFlags(t *testing.T) {
 		{"own tables", []string{"--nft-own-table"}, func(c *Config) { c.OwnTables = true }},
 		{"no delay of mass removals", []string{"--mass-removal-delay=0"}, func(c *Config) { c.API.MassRemovalDelay = 0 }},
 		{
-			"connection tracking", []string{
+			"connection tracking",
+			[]string{
 				"--conntrack-max-per-core=1", "--conntrack-min=2", "--conntrack-tcp-timeout-established=3s", "--conntrack-tcp-timeout-close-wait=4s",
 				"--conntrack-tcp-be-liberal", "--conntrack-udp-timeout=5s", "--conntrack-udp-timeout-stream=6s",
 			},
@@ -135,7 +136,8 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"connection tracking, zero", []string{
+			"connection tracking, zero",
+			[]string{
 				"--conntrack-max-per-core=0", "--conntrack-min=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0s",
 			},
 			func(c *Config) { c.Conntrack = conntracksettings.Settings{} },

@@ -53,13 +53,13 @@ func (c Config) LogWarnings(ctx context.Context, log *slog.Logger) {
 	}
 	for _, kind := range []WarningKind{InvalidValue, IgnoredField, NoEffect, Deprecated} {
 		if settings := c.warningText(kind); settings != "" {
-			log.WarnContext(ctx, kind.message(), "settings", settings)
+			log.WarnContext(ctx, kind.message(), "settings", settings) //nolint:sloglint // a constant for each kind
 		}
 	}
 }
 
-// warningText lists the settings of one kind of warnings, grouped by reason. It is empty if there
-// are none.
+// warningText lists the settings of one kind of warnings, grouped by reason. It is empty without
+// such warnings.
 func (c Config) warningText(kind WarningKind) string {
 	var reasons []string
 	settings := map[string][]string{} // by reason

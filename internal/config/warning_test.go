@@ -3,6 +3,7 @@ package config
 import (
 	"bytes"
 	"log/slog"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -72,7 +73,7 @@ func TestIPTablesNotice(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			args := append(test.args, "--hostname-override=node")
+			args := slices.Concat(test.args, []string{"--hostname-override=node"})
 			if test.file != "" {
 				args = append(args, "--config="+writeConfigFile(t, test.file))
 			}

@@ -45,7 +45,7 @@ func (f Fields) Configz() (map[string]json.RawMessage, error) {
 }
 
 // FieldsAfterReload returns the fields in effect after a reload of the configuration file: the
-// fields of next, except those that only a restart can change.
+// fields of next, and the fields of c that only a restart can change.
 func (c Config) FieldsAfterReload(next Config) Fields {
 	fields := maps.Clone(next.Fields)
 	keep := restartFields()

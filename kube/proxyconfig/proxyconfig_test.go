@@ -23,11 +23,13 @@ func TestDecode(t *testing.T) {
 		{"separators", "# kube-proxy\n---\n" + header + "mode: ipvs\n---\n", fields{"mode": "ipvs"}, nil},
 		{"separators and comments", header + "mode: ipvs\n---\n# end\n---\n", fields{"mode": "ipvs"}, nil},
 		{
-			"further documents", header + "mode: ipvs\n---\n" + header + "mode: nftables\n---\na: b\n", fields{"mode": "ipvs"},
+			"further documents", header + "mode: ipvs\n---\n" + header + "mode: nftables\n---\na: b\n",
+			fields{"mode": "ipvs"},
 			ignored{{"the documents after the first one", "only the first document counts"}},
 		},
 		{
-			"further document that is no YAML", header + "---\na: [", fields{},
+			"further document that is no YAML", header + "---\na: [",
+			fields{},
 			ignored{{"the documents after the first one", "only the first document counts"}},
 		},
 		{
@@ -41,7 +43,8 @@ func TestDecode(t *testing.T) {
 			ignored{{"autoscaler", "unknown field"}, {"nftables.flowOffload", "unknown field"}},
 		},
 		{
-			"other case", header + "IPTables: {masqueradeAll: true}\nclustercidr: 10.0.0.0/8\nipvs: {strictArp: true}\n", fields{},
+			"other case", header + "IPTables: {masqueradeAll: true}\nclustercidr: 10.0.0.0/8\nipvs: {strictArp: true}\n",
+			fields{},
 			ignored{
 				{"IPTables", "unknown field: write it as iptables"},
 				{"clustercidr", "unknown field: write it as clusterCIDR"},
@@ -66,12 +69,14 @@ func TestDecode(t *testing.T) {
 		},
 		{
 			"JSON", `{"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "clientConnection": {"qps": 2.5, "burst": 100}}`,
-			fields{"clientConnection.qps": "2.5", "clientConnection.burst": "100"}, nil,
+			fields{"clientConnection.qps": "2.5", "clientConnection.burst": "100"},
+			nil,
 		},
 		{
 			"values that differ from unset", header + "conntrack: {maxPerCore: 0, min: null, tcpEstablishedTimeout: 0s, udpTimeout: 0s}\n" +
 				"iptables: {localhostNodePorts: false, masqueradeAll: false}\noomScoreAdj: 0\n",
-			fields{"conntrack.maxPerCore": "0", "conntrack.tcpEstablishedTimeout": "0s", "iptables.localhostNodePorts": "false", "oomScoreAdj": "0"}, nil,
+			fields{"conntrack.maxPerCore": "0", "conntrack.tcpEstablishedTimeout": "0s", "iptables.localhostNodePorts": "false", "oomScoreAdj": "0"},
+			nil,
 		},
 		{
 			"values of several types", header + "nodePortAddresses: [primary, 10.0.0.0/8]\nfeatureGates: {A: true, B: false}\nbindAddressHardFail: yes\n" +
@@ -79,7 +84,8 @@ func TestDecode(t *testing.T) {
 			fields{
 				"nodePortAddresses": "primary,10.0.0.0/8", "featureGates.A": "true", "bindAddressHardFail": "true", "logging.flushFrequency": "5s",
 				"logging.vmodule": "map[filePattern:a verbosity:3]", "logging.options.json.infoBufferSize": "1Ki",
-			}, nil,
+			},
+			nil,
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
