@@ -59,7 +59,7 @@ func TestConnectAfterLostTables(t *testing.T) {
 	n.awaitAnswers(addrs, "a")
 	n.stop()
 	n.nft("flush", "ruleset")
-	// While the tables are lost, nobody answers packets to cluster IPs.
+	// While the tables are lost, no host answers packets to cluster IPs.
 	agenttest.Command(t, n.Outside, "nft", "add table inet silent; add chain inet silent in { type filter hook prerouting priority raw; policy drop; }")
 	// Without rules nothing would track connections.
 	n.nft("add table inet tracker; add chain inet tracker in { type filter hook prerouting priority 0; }; add rule inet tracker in ct state new counter")

@@ -25,6 +25,9 @@ type fault struct {
 	// disturbs is set if the fault inevitably loses connections, see recorder.disturb. With
 	// keepsOpen, open connections must survive nevertheless.
 	disturbs, keepsOpen bool
+	// maxOutage bounds how long connections may fail because of one disturbance. 0 means that
+	// only repairTime bounds it.
+	maxOutage time.Duration
 	// crashesFairlead is set if the fault ends Fairlead in a way that only
 	// agent.restartOnExit notices.
 	crashesFairlead bool
@@ -51,6 +54,10 @@ const (
 	restartDelay = 5 * time.Second
 )
 
+// ipvsOutage bounds how long connections fail on a busy machine after another program has
+// deleted all virtual servers.
+const ipvsOutage = time.Second
+
 // faults returns all faults in the order of their injection.
 func faults() []fault {
 	return []fault{
@@ -65,8 +72,8 @@ func faults() []fault {
 		{name: "chain deleted", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(3*time.Second, disturbWithNFT("flush chain ip %[1]s nat-prerouting\ndelete chain ip %[1]s nat-prerouting"))},
 		{name: "ruleset flushed", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(3*time.Second, disturbWithNFT("flush ruleset"))},
 		{name: "ruleset flushed in a loop", maxStaleness: restartDelay, disturbs: true, require: requireNFT, inject: repeatEvery(4*time.Second, (*testbed).flushRepeatedly)},
-		{name: "kube-proxy beside it", maxStaleness: 2 * restartDelay, require: (*testbed).requireKubeProxyAndNFT, inject: (*testbed).runKubeProxy},
-		{name: "kube-proxy flushes IPVS", maxStaleness: 2 * restartDelay, disturbs: true, require: (*testbed).requireKubeProxyAndIPVS, inject: repeatEvery(8*time.Second, (*testbed).flushIPVS)},
+		{name: "kube-proxy beside it", maxStaleness: 2 * restartDelay, disturbs: true, maxOutage: ipvsOutage, require: (*testbed).requireKubeProxy, inject: (*testbed).runKubeProxy},
+		{name: "kube-proxy flushes IPVS", maxStaleness: 2 * restartDelay, disturbs: true, maxOutage: ipvsOutage, require: (*testbed).requireKubeProxyAndIPVS, inject: repeatEvery(3*time.Second, (*testbed).cleanUpKubeProxy)},
 		{name: "API server away", maxStaleness: updateDelay, inject: (*testbed).stopAPI},
 		{name: "restart while the API server is away", maxStaleness: restartDelay, inject: (*testbed).restartWithoutAPI},
 		{name: "too little memory", maxStaleness: 2 * restartDelay, crashesFairlead: true, require: requireMemoryLimit, inject: (*testbed).limitMemory},
@@ -270,13 +277,6 @@ func (t *testbed) requireKubeProxy() string {
 	return ""
 }
 
-func (t *testbed) requireKubeProxyAndNFT() string {
-	if t.options.mode == system.ModeIPVS {
-		return "kube-proxy deletes all virtual servers when it starts: see kube-proxy flushes IPVS"
-	}
-	return t.requireKubeProxy()
-}
-
 func (t *testbed) requireKubeProxyAndIPVS() string {
 	if t.options.mode != system.ModeIPVS {
 		return "only the mode ipvs has virtual servers"
@@ -292,35 +292,41 @@ func (t *testbed) runKubeProxy(ctx context.Context) error {
 	// Fairlead uses kube-proxy's default ports for health checks and metrics.
 	proxy.Args = append(proxy.Args, "--healthz-bind-address=127.0.0.1:11256", "--metrics-bind-address=127.0.0.1:11249")
 	other := &agent{system: proxy, env: t.agent.env, recorder: &t.recorder}
-	if err := other.start(withoutCancel(ctx)); err != nil {
+	// At some time during its start, kube-proxy cleans up after its other modes.
+	if err := t.disturbIfIPVS(func() error {
+		err := other.start(withoutCancel(ctx))
+		sleep(ctx, third)
+		return err
+	}); err != nil {
 		return err
 	}
-	sleep(ctx, third)
 	if err := errors.Join(other.kill(), t.restartAgent(ctx)); err != nil {
 		return err
 	}
 	sleep(ctx, third)
-	return t.cleanUpKubeProxy()
+	return t.cleanUpKubeProxy(ctx)
 }
 
-// flushIPVS cleans up after kube-proxy, which deletes all virtual servers of the node. Fairlead
-// adds its own again at its next resync.
-func (t *testbed) flushIPVS(ctx context.Context) error {
-	return t.recorder.disturb(func() error {
-		err := t.cleanUpKubeProxy()
-		sleep(ctx, 6*time.Second) // ipvs compares virtual servers every five seconds
-		return err
+// cleanUpKubeProxy removes kube-proxy's rules. In the mode ipvs this disturbs connections,
+// because kube-proxy also deletes all virtual servers of the node.
+func (t *testbed) cleanUpKubeProxy(context.Context) error {
+	return t.disturbIfIPVS(func() error {
+		cleanup := exec.Command(t.options.kubeProxy, "--cleanup") //nolint:noctx // takes a second
+		var out bytes.Buffer
+		cleanup.Stdout, cleanup.Stderr = &out, &out
+		if err := t.net.Node.Do(cleanup.Run); err != nil {
+			return fmt.Errorf("kube-proxy --cleanup: %w: %s", err, out.String())
+		}
+		return nil
 	})
 }
 
-func (t *testbed) cleanUpKubeProxy() error {
-	cleanup := exec.Command(t.options.kubeProxy, "--cleanup") //nolint:noctx // takes a second
-	var out bytes.Buffer
-	cleanup.Stdout, cleanup.Stderr = &out, &out
-	if err := t.net.Node.Do(cleanup.Run); err != nil {
-		return fmt.Errorf("kube-proxy --cleanup: %w: %s", err, out.String())
+// disturbIfIPVS runs fn, which deletes all virtual servers.
+func (t *testbed) disturbIfIPVS(fn func() error) error {
+	if t.options.mode != system.ModeIPVS {
+		return fn()
 	}
-	return nil
+	return t.recorder.disturb(fn)
 }
 
 // stopAPI stops the API server for half of the time.

@@ -17,6 +17,9 @@ type result struct {
 	// failed if it gets no answer, a refusal, or an answer from a server of another Service,
 	// or as disturbed if it also overlaps a disturbance.
 	connections, failed, disturbed int
+	// outage is the longest time between the beginnings of the first and the last connection
+	// that failed because of one disturbance.
+	outage time.Duration
 	// resent counts connections that needed a TCP segment, a datagram or an SCTP association
 	// more than once.
 	resent int
@@ -43,6 +46,7 @@ func (r *result) add(o result) {
 	r.connections += o.connections
 	r.failed += o.failed
 	r.disturbed += o.disturbed
+	r.outage = max(r.outage, o.outage)
 	r.resent += o.resent
 	r.stale += o.stale
 	r.staleness = max(r.staleness, o.staleness)
@@ -59,7 +63,15 @@ func (r *result) add(o result) {
 type recorder struct {
 	mu           sync.Mutex
 	records      []*record
-	disturbances []interval
+	disturbances []*disturbance
+}
+
+// disturbance is the time of a disturbance, and of the first and the last connection that it
+// made fail.
+type disturbance struct {
+	interval
+
+	failed interval
 }
 
 // record is the result of one fault and the time of its start.
@@ -75,6 +87,18 @@ type interval struct{ begin, end time.Time }
 // to end.
 func (i interval) overlaps(begin, end time.Time) bool {
 	return !end.Before(i.begin) && (i.end.IsZero() || !begin.After(i.end.Add(repairTime)))
+}
+
+// recordFailed records that a connection failed that began at a time. It returns the time
+// between the first and the last of these connections.
+func (d *disturbance) recordFailed(at time.Time) time.Duration {
+	if d.failed.begin.IsZero() || at.Before(d.failed.begin) {
+		d.failed.begin = at
+	}
+	if at.After(d.failed.end) {
+		d.failed.end = at
+	}
+	return d.failed.end.Sub(d.failed.begin)
 }
 
 // beginFault starts the record of the next fault. The record is final when no connection of
@@ -109,26 +133,26 @@ func (r *recorder) snapshot(record *record) result {
 // disturb runs fn, which inevitably loses connections, and records the time as a disturbance.
 func (r *recorder) disturb(fn func() error) error {
 	r.mu.Lock()
-	n := len(r.disturbances)
-	r.disturbances = append(r.disturbances, interval{begin: time.Now()})
+	d := &disturbance{interval: interval{begin: time.Now()}}
+	r.disturbances = append(r.disturbances, d)
 	r.mu.Unlock()
 	defer func() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.disturbances[n].end = time.Now()
+		d.end = time.Now()
 	}()
 	return fn()
 }
 
 // findDisturbance returns the last disturbance that overlaps the time from begin to end. The
 // caller holds r.mu.
-func (r *recorder) findDisturbance(begin, end time.Time) (interval, bool) {
-	for _, i := range slices.Backward(r.disturbances) {
-		if i.overlaps(begin, end) {
-			return i, true
+func (r *recorder) findDisturbance(begin, end time.Time) (*disturbance, bool) {
+	for _, d := range slices.Backward(r.disturbances) {
+		if d.overlaps(begin, end) {
+			return d, true
 		}
 	}
-	return interval{}, false
+	return nil, false
 }
 
 // recordConnected records a connection that started at begin and that an endpoint answered.
@@ -156,8 +180,9 @@ func (r *recorder) recordFailed(begin, end time.Time, err error) {
 	defer r.mu.Unlock()
 	got := r.resultAt(begin)
 	got.connections++
-	if _, disturbed := r.findDisturbance(begin, end); disturbed {
+	if d, disturbed := r.findDisturbance(begin, end); disturbed {
 		got.disturbed++
+		got.outage = max(got.outage, d.recordFailed(begin))
 		return
 	}
 	got.failed++
@@ -210,13 +235,13 @@ func (r *result) addExample(begin, end time.Time, err error) {
 }
 
 // The report is a Markdown table that documents can include.
-const tableHeader = `| fault | connections | failed | failed in the disturbance | sent again | open: broken | broken by the disturbance | stale at most | allowed | changes |
-|---|---|---|---|---|---|---|---|---|---|`
+const tableHeader = `| fault | connections | failed | failed in the disturbance | for at most | sent again | open: broken | broken by the disturbance | stale at most | allowed | changes |
+|---|---|---|---|---|---|---|---|---|---|---|`
 
 // tableRow returns the fault's line of the report.
 func (f fault) tableRow(r result) string {
-	return fmt.Sprintf("| %s | %d | %d | %d | %d | %d: %d | %d | %s | %s | %d |", f.name, r.connections, r.failed, r.disturbed,
-		r.resent, r.open, r.broken, r.disturbedOpen, r.staleness.Round(time.Millisecond), f.stalenessLimit(), r.changes)
+	return fmt.Sprintf("| %s | %d | %d | %d | %s | %d | %d: %d | %d | %s | %s | %d |", f.name, r.connections, r.failed, r.disturbed,
+		r.outage.Round(time.Millisecond), r.resent, r.open, r.broken, r.disturbedOpen, r.staleness.Round(time.Millisecond), f.stalenessLimit(), r.changes)
 }
 
 func (f fault) stalenessLimit() string {
@@ -227,7 +252,7 @@ func (f fault) stalenessLimit() string {
 }
 
 func (f fault) skippedRow(reason string) string {
-	return fmt.Sprintf("| %s | not run: %s | | | | | | | | |", f.name, reason)
+	return fmt.Sprintf("| %s | not run: %s | | | | | | | | | |", f.name, reason)
 }
 
 // violations describes how the result exceeds the limits of the fault.
@@ -248,6 +273,9 @@ func (f fault) violations(r result) []string {
 	}
 	if !f.disturbs && r.disturbed+r.disturbedOpen > 0 {
 		add("connections were disturbed, but the fault must disturb none")
+	}
+	if f.maxOutage > 0 && r.outage > f.maxOutage {
+		add("connections failed for %s because of one disturbance, %s is allowed", r.outage, f.maxOutage)
 	}
 	if f.keepsOpen && r.disturbedOpen > 0 {
 		add("the disturbance broke %d of %d open connections, 0 are allowed", r.disturbedOpen, r.open)

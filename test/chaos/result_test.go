@@ -58,6 +58,18 @@ func TestViolations(t *testing.T) {
 		"disturbed": {fault{disturbs: true}, func(r *recorder) {
 			_ = r.disturb(func() error { r.recordFailed(time.Now(), time.Now(), failure); return nil })
 		}, ""},
+		"outage too long": {fault{disturbs: true, maxOutage: time.Second}, func(r *recorder) {
+			_ = r.disturb(func() error {
+				r.recordFailed(now, now, failure)
+				r.recordFailed(now.Add(2*time.Second), now.Add(2*time.Second), failure)
+				return nil
+			})
+		}, "2s because of one disturbance"},
+		"outage as allowed": {fault{disturbs: true, maxOutage: time.Second}, func(r *recorder) {
+			for range 2 { // two disturbances
+				_ = r.disturb(func() error { r.recordFailed(time.Now(), time.Now(), failure); return nil })
+			}
+		}, ""},
 		"broken by a disturbance that keeps open connections": {fault{disturbs: true, keepsOpen: true}, func(r *recorder) {
 			_ = r.disturb(func() error { r.recordBroken(time.Now(), time.Now(), failure); return nil })
 		}, "the disturbance broke 1 of 0 open connections"},
