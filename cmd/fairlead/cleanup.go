@@ -95,15 +95,15 @@ func cleanUp(ctx context.Context, log *slog.Logger, force bool, check func(conte
 func checkConnections(ctx context.Context) error {
 	scanner, err := otherproxy.NewScanner()
 	if err != nil {
-		return nil //nolint:nilerr // the clean-up reports missing privileges
+		return nil // the clean-up reports missing privileges
 	}
 	defer scanner.Close() //nolint:errcheck // nothing was written
 	if proxies, err := scanner.Scan(); err != nil || len(proxies) > 0 {
-		return nil //nolint:nilerr // the clean-up reports missing privileges
+		return nil // the clean-up reports missing privileges
 	}
 	rules, err := scanner.NATRules([]string{nft.TableName, ipvs.TableName})
 	if err != nil || !rules.Own {
-		return nil //nolint:nilerr // the clean-up reports missing privileges
+		return nil // the clean-up reports missing privileges
 	}
 	var ending conntrack.Translated
 	for family, remains := range map[dataplane.Family]bool{dataplane.IPv4: rules.IPv4, dataplane.IPv6: rules.IPv6} {
@@ -112,7 +112,7 @@ func checkConnections(ctx context.Context) error {
 		}
 		count, err := conntrack.CountTranslated(ctx, family)
 		if err != nil {
-			return nil //nolint:nilerr // without connection tracking there are no connections
+			return nil // without connection tracking there are no connections
 		}
 		ending.TCP += count.TCP
 		ending.Other += count.Other
@@ -153,7 +153,7 @@ var errRunning = errors.New("stop it first, because it would program everything 
 // cleanup. It returns an error if another instance is running. If another user's process holds
 // the lock, or the holder has just exited, it returns a nil Lock without an error.
 func lockInstance(ctx context.Context) (*instance.Lock, error) {
-	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"}) //nolint:contextcheck // a Lock outlives ctx
+	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"})
 	if err == nil {
 		return lock, nil
 	}

@@ -278,7 +278,7 @@ func (n *migrationNode) shell(commands string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("run commands: %w", err)
 	}
-	defer stdin.Close() //nolint:errcheck // nothing was written
+	defer stdin.Close()
 	if err := n.Node.Do(cmd.Start); err != nil {
 		return "", err
 	}
