@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -37,9 +38,7 @@ func (n *testNode) awaitConntrackSysctls(want map[string]string) {
 	all := map[string]string{
 		"tcp_timeout_established": "432000", "tcp_timeout_close_wait": "60", "tcp_be_liberal": "0", "udp_timeout": "30", "udp_timeout_stream": "120",
 	}
-	for name, value := range want {
-		all[name] = value
-	}
+	maps.Copy(all, want)
 	agenttest.Eventually(n.t, func() error {
 		if diff := cmp.Diff(all, n.conntrackSysctls()); diff != "" {
 			return fmt.Errorf("sysctls (-want +got):\n%s", diff)

@@ -24,7 +24,7 @@ func versionCommand() *cobra.Command {
 	}
 }
 
-// requestedVersion returns the text for a value of --version, empty if there is nothing to print.
+// requestedVersion returns the text for a value of --version, empty if it requests none.
 // Like kube-proxy's flag, --version accepts a version to report. It has no effect.
 func requestedVersion(value string) (string, error) {
 	if value == "" || strings.HasPrefix(value, "v") {

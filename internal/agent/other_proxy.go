@@ -42,7 +42,7 @@ func (d *dispatcher) setOtherProxy(rules []otherproxy.Rules) {
 	}
 	for _, r := range rules {
 		if d.proxyName != "" {
-			d.log.Info("another Service proxy serves the Services without the label "+kube.LabelServiceProxyName, "rules", r.String())
+			d.log.Info("another Service proxy serves the Services without the proxy name label", "label", kube.LabelServiceProxyName, "rules", r.String())
 			continue
 		}
 		d.log.Warn("rules of another Service proxy found on this node; Fairlead's rules take precedence", "rules", r.String(), "effect", r.Effect(),

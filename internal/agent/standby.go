@@ -49,7 +49,7 @@ func instanceDescription(o Options) string {
 // start activates this instance at once if no other instance is active. Otherwise it starts a
 // goroutine in the group that activates this instance when the other one has exited.
 func (s *standby) start(ctx context.Context, group *errgroup.Group) {
-	if lock, err := instance.TryAcquire(s.options); err == nil { //nolint:contextcheck // a Lock outlives ctx
+	if lock, err := instance.TryAcquire(s.options); err == nil {
 		s.activate(lock)
 		return
 	}

@@ -2,6 +2,7 @@ package conntracksettings
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -60,8 +61,8 @@ func readTree(t *testing.T, root string, values map[string]int) map[string]int {
 	return now
 }
 
-// TestApply checks the values that kube-proxy computes: what is raised, what is set, and what
-// stays as it is.
+// TestApply checks the values that kube-proxy computes: which settings are raised, which
+// are set, and which stay unchanged.
 func TestApply(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
@@ -83,7 +84,10 @@ func TestApply(t *testing.T) {
 		{"min above the limit", Settings{MaxPerCore: 1, Min: 2000000}, "0", nil, map[string]int{sysctlMax: 2000000, hashSizePath: 500000}},
 		{"limit before min", Settings{MaxPerCore: 2000000, Min: 3000000}, "0", nil, map[string]int{sysctlMax: 1048576, hashSizePath: 262144}},
 		{
-			"never lowered", Settings{MaxPerCore: 1000, Min: 5}, "0", map[string]int{sysctlMax: 300000, hashSizePath: 100000},
+			"never lowered",
+			Settings{MaxPerCore: 1000, Min: 5},
+			"0",
+			map[string]int{sysctlMax: 300000, hashSizePath: 100000},
 			nil,
 		},
 		{"hash table alone", Settings{MaxPerCore: 65536}, "0", map[string]int{hashSizePath: 99999}, nil},
@@ -91,11 +95,15 @@ func TestApply(t *testing.T) {
 		{"min without maxPerCore", Settings{Min: 131072}, "0", nil, nil},
 		{"nothing", Settings{}, "0", nil, nil},
 		{
-			"timeouts are set, up and down", Settings{UDPTimeout: 10 * time.Second, UDPStreamTimeout: time.Hour}, "0", nil,
+			"timeouts are set, up and down",
+			Settings{UDPTimeout: 10 * time.Second, UDPStreamTimeout: time.Hour},
+			"0", nil,
 			map[string]int{sysctlUDP: 10, sysctlUDPStream: 3600},
 		},
 		{
-			"fractions of seconds", Settings{UDPTimeout: time.Millisecond, UDPStreamTimeout: 1900 * time.Millisecond}, "0", nil,
+			"fractions of seconds",
+			Settings{UDPTimeout: time.Millisecond, UDPStreamTimeout: 1900 * time.Millisecond},
+			"0", nil,
 			map[string]int{sysctlUDP: 1, sysctlUDPStream: 1},
 		},
 		{"liberal", Settings{TCPBeLiberal: true}, "0", nil, map[string]int{sysctlTCPBeLiberal: 1}},
@@ -110,10 +118,7 @@ func TestApply(t *testing.T) {
 			for name, value := range test.before {
 				before[toPath(name)] = value
 			}
-			want := map[string]int{}
-			for path, value := range before {
-				want[path] = value
-			}
+			want := maps.Clone(before)
 			for name, value := range test.want {
 				want[toPath(name)] = value
 			}

@@ -26,7 +26,7 @@ func IPVSConnections(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return ipvs.ActiveConnections(servers)
+	return ipvs.ActiveConnections(servers) //nolint:contextcheck // its netlink requests take milliseconds
 }
 
 // removeIPVS removes kube-proxy's virtual servers, which it recognizes by the addresses of
@@ -40,7 +40,7 @@ func removeIPVS(ctx context.Context, report func(string)) error {
 	if err != nil {
 		return fmt.Errorf("find kube-proxy's IPVS virtual servers: %w; to see them, run: ipvsadm -Ln", err)
 	}
-	deleted, err := ipvs.DeleteOtherServers(servers)
+	deleted, err := ipvs.DeleteOtherServers(servers) //nolint:contextcheck // its netlink requests take milliseconds
 	if deleted > 0 {
 		report(fmt.Sprintf("%d IPVS virtual servers of kube-proxy", deleted))
 	}
@@ -91,7 +91,7 @@ func kubeProxyServers(ctx context.Context, link netlink.Link) ([]ipvs.OtherServe
 			return nil, err
 		}
 	}
-	return ipvs.OtherServers(func(s ipvs.OtherServer) bool {
+	return ipvs.OtherServers(func(s ipvs.OtherServer) bool { //nolint:contextcheck // its netlink requests take milliseconds
 		return bound[s.Addr.Addr()] || local[s.Addr.Addr()] && ports[s.Protocol][s.Addr.Port()]
 	})
 }

@@ -18,10 +18,14 @@ type healthChecks struct {
 func (m *Metrics) newHealthChecks() healthChecks {
 	c := healthChecks{
 		registry: prometheus.NewRegistry(),
-		result: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "kubernetes", Name: "healthcheck",
-			Help: "Result of the last run of a health check: 1 for success, else 0."}, []string{"name", "type"}),
-		total: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: "kubernetes", Name: "healthchecks_total",
-			Help: "Runs of a health check by status (success, error)."}, []string{"name", "type", "status"}),
+		result: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Namespace: "kubernetes", Name: "healthcheck",
+			Help: "Result of the last run of a health check: 1 for success, else 0.",
+		}, []string{"name", "type"}),
+		total: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Namespace: "kubernetes", Name: "healthchecks_total",
+			Help: "Runs of a health check by status (success, error).",
+		}, []string{"name", "type", "status"}),
 	}
 	started := prometheus.NewGauge(prometheus.GaugeOpts{Name: "process_start_time_seconds", Help: "Start time of the process since the Unix epoch."})
 	started.Set(float64(m.started.UnixMilli()) / 1000)

@@ -44,8 +44,8 @@ func Run(ctx context.Context, o Options) *Report {
 	c.checkOtherProxies()
 	c.checkNetfilter()
 	c.checkBPF()
-	c.checkServer("healthz", o.HealthzAddress)
-	c.checkServer("metrics", o.MetricsAddress)
+	c.checkServer(ctx, "healthz", o.HealthzAddress)
+	c.checkServer(ctx, "metrics", o.MetricsAddress)
 	if o.API != nil {
 		o.API(ctx, r)
 	}

@@ -3,7 +3,6 @@ package preflight
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -62,7 +61,7 @@ func listeners(port uint16) ([]listener, error) {
 }
 
 // checkServer checks that Fairlead can listen on an address, or listens on it.
-func (c *checker) checkServer(name, address string) {
+func (c *checker) checkServer(ctx context.Context, name, address string) {
 	check := name + "-port"
 	if address == "" {
 		c.Add(check, Info, "", "the server is turned off")
@@ -101,7 +100,7 @@ func (c *checker) checkServer(name, address string) {
 	ready, ours := 0, c.holder != nil && err == nil && process.PID == c.holder.PID
 	if name == "healthz" {
 		var answered bool
-		ready, answered = c.askReady(all[i].addr)
+		ready, answered = c.askReady(ctx, all[i].addr)
 		ours = ours || answered && err != nil && c.holder != nil
 	}
 	switch {
@@ -121,9 +120,9 @@ func (c *checker) checkServer(name, address string) {
 }
 
 // askReady requests /readyz and returns the status, and whether Fairlead answered.
-func (c *checker) askReady(addr netip.AddrPort) (status int, answered bool) {
+func (c *checker) askReady(ctx context.Context, addr netip.AddrPort) (status int, answered bool) {
 	const timeout = 2 * time.Second
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	ip := addr.Addr().Unmap()
 	if ip.IsUnspecified() {
@@ -133,7 +132,7 @@ func (c *checker) askReady(addr netip.AddrPort) (status int, answered bool) {
 		}
 	}
 	// The dialer must use the thread of the caller, whose network namespace is checked.
-	conn, err := dial(netip.AddrPortFrom(ip, addr.Port()), timeout)
+	conn, err := dial(ctx, netip.AddrPortFrom(ip, addr.Port()))
 	if err != nil {
 		return 0, false
 	}
@@ -146,10 +145,10 @@ func (c *checker) askReady(addr netip.AddrPort) (status int, answered bool) {
 	if err != nil {
 		return 0, false
 	}
-	return response.StatusCode, errors.Join(response.Body.Close()) == nil && response.Header.Get(health.ReadyHeader) == "fairlead"
+	return response.StatusCode, response.Body.Close() == nil && response.Header.Get(health.ReadyHeader) == "fairlead"
 }
 
 // dial connects in the calling goroutine.
-func dial(addr netip.AddrPort, timeout time.Duration) (net.Conn, error) {
-	return (&net.Dialer{Timeout: timeout, FallbackDelay: -1}).Dial("tcp", addr.String()) //nolint:noctx // it has a timeout
+func dial(ctx context.Context, addr netip.AddrPort) (net.Conn, error) {
+	return (&net.Dialer{FallbackDelay: -1}).DialContext(ctx, "tcp", addr.String())
 }

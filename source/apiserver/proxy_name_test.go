@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"sync"
 	"testing"
@@ -60,9 +61,7 @@ func TestServiceProxyName(t *testing.T) {
 		t.Helper()
 		svc, slice := newService(name), newSlice(name, name, "10.0.0.1")
 		svc.Labels = labels
-		for key, value := range labels {
-			slice.Labels[key] = value // as the EndpointSlice controller does
-		}
+		maps.Copy(slice.Labels, labels) // as the EndpointSlice controller does
 		must[*corev1.Service](t)(svcs.Create(ctx, svc, metav1.CreateOptions{}))
 		must[*discoveryv1.EndpointSlice](t)(eps.Create(ctx, slice, metav1.CreateOptions{}))
 	}
