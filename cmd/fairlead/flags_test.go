@@ -480,7 +480,7 @@ func TestCompletion(t *testing.T) {
 		{[]string{"run", "--detect-local-mode="}, "ClusterCIDR\nNodeCIDR\nBridgeInterface\nInterfaceNamePrefix\n:4\n"},
 		{[]string{"run", "--nodeport-addresses="}, "primary\nlocalhost\nall\n:4\n"},
 		{[]string{"run", "--service-cidr="}, ":4\n"}, // no files
-		{[]string{"cl"}, "cleanup\tRemove everything that Fairlead has programmed on this node\n:4\n"},
+		{[]string{"cl"}, "cleanup\tRemove everything that Fairlead or kube-proxy has programmed on this node\n:4\n"},
 	}
 	for _, test := range tests {
 		t.Run(strings.Join(test.args, " "), func(t *testing.T) {

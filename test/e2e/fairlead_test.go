@@ -3,7 +3,6 @@
 package e2e_test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -15,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -249,20 +249,23 @@ func (f *fairlead) residentMemory() (peak, now int, err error) {
 
 // logged reports whether a line of the log contains all of the parts.
 func (f *fairlead) logged(parts ...string) (bool, error) {
+	n, err := f.countLogged(parts...)
+	return n > 0, err
+}
+
+// countLogged returns the number of lines of the log that contain all of the parts. The log
+// includes earlier tests on the same node.
+func (f *fairlead) countLogged(parts ...string) (n int, err error) {
 	data, err := os.ReadFile(f.logFile)
 	if err != nil {
-		return false, err
+		return 0, err
 	}
-lines:
-	for scanner := bufio.NewScanner(bytes.NewReader(data)); scanner.Scan(); {
-		for _, part := range parts {
-			if !strings.Contains(scanner.Text(), part) {
-				continue lines
-			}
+	for line := range strings.Lines(string(data)) {
+		if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(line, part) }) {
+			n++
 		}
-		return true, nil
 	}
-	return false, nil
+	return n, nil
 }
 
 // logTail returns the last lines of the log.

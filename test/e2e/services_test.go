@@ -434,6 +434,9 @@ func TestNamedProxy(t *testing.T) {
 	s := newScenario(t, sharedCluster)
 	args := s.fairlead.args
 	s.must(s.fairlead.stop())
+	report := []string{"rules of another Service proxy found", "table ip kube-proxy"}
+	reports, err := s.fairlead.countLogged(report...)
+	s.must(err)
 	s.fairlead.args = append(slices.Clone(args), "--service-proxy-name=try")
 	t.Cleanup(func() { // after kube-proxy's cleanup, which starts Fairlead
 		s.fairlead.args = args
@@ -461,8 +464,10 @@ func TestNamedProxy(t *testing.T) {
 			t.Errorf("table %s serves other Services than its own:\n%s", table.name, listing)
 		}
 	}
-	if logged, err := s.fairlead.logged("rules of another Service proxy found", "table ip kube-proxy"); err != nil || logged {
-		t.Errorf("Fairlead reports kube-proxy's rules as a problem: %t, error %v", logged, err)
+	reportsAfter, err := s.fairlead.countLogged(report...)
+	s.must(err)
+	if reportsAfter != reports {
+		t.Errorf("Fairlead reports kube-proxy's rules %d times as a problem", reportsAfter-reports)
 	}
 	other.update(labeled)
 	s.eventually(func(context.Context) error {
