@@ -25,6 +25,38 @@ help:
 build: ## build the static binary bin/fairlead
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead ./cmd/fairlead
 
+# Architectures of images and packages. Tests must run on each of them.
+ARCHITECTURES := amd64
+REVISION := $(shell git rev-parse HEAD 2>/dev/null)
+# The time of the commit, so that two builds of a commit are equal.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+# The repository's URL, which images name: make image SOURCE=https://...
+SOURCE ?=
+
+bin/linux-%/fairlead: FORCE
+	CGO_ENABLED=0 GOOS=linux GOARCH=$* go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o $@ ./cmd/fairlead
+
+.PHONY: image
+image: $(ARCHITECTURES:%=bin/linux-%/fairlead) ## write an OCI image layout for ARCHITECTURES to bin/image; SOURCE=URL
+	go run -C internal/release . image -layout='$(CURDIR)/bin/image' -version='$(VERSION)' -revision='$(REVISION)' \
+		-created='$(SOURCE_DATE_EPOCH)' -source='$(SOURCE)' $(ARCHITECTURES:%='$(CURDIR)/bin/linux-%/fairlead')
+
+# Image to push to: make push IMAGE=REGISTRY/fairlead:TAG
+IMAGE ?=
+
+.PHONY: push
+push: image ## push the image to a registry and print its digest; IMAGE=REGISTRY/fairlead:TAG
+	@go run -C internal/release . push -layout='$(CURDIR)/bin/image' '$(IMAGE)'
+
+.PHONY: deb
+deb: $(ARCHITECTURES:%=bin/linux-%/fairlead) ## build Debian packages for ARCHITECTURES in bin/deb
+	$(foreach arch,$(ARCHITECTURES),SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/debian/build.sh bin/linux-$(arch)/fairlead $(arch) '$(VERSION)' bin/deb/fairlead_$(arch).deb &&) true
+
+.PHONY: test-release
+test-release: deps image ## run the image in a container; install, remove and purge the Debian package (root)
+	cd internal/release && go vet ./... && FAIRLEAD_IMAGE_LAYOUT='$(CURDIR)/bin/image' FAIRLEAD_IMAGE_ARCHITECTURES='$(ARCHITECTURES)' \
+		go test -count=1 -timeout=10m ./...
+
 .PHONY: build-bench
 build-bench: ## build the benchmark program bin/fairlead-bench
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead-bench ./cmd/fairlead-bench
@@ -205,6 +237,7 @@ lint: ## run golangci-lint and the prose linter, and check that go.mod is tidy
 	go mod tidy -diff
 	cd test/monitoring && go mod tidy -diff
 	cd test/chart && go mod tidy -diff
+	cd internal/release && go mod tidy -diff
 
 # Commit to compare the API with: make apidiff BASE=main
 BASE ?= HEAD^
