@@ -353,7 +353,7 @@ func TestIgnoredSettings(t *testing.T) {
 	want := []string{
 		"--pod-bridge-interface (it requires --detect-local-mode=BridgeInterface)",
 		"--ipvs-scheduler (it applies only to --mode=ipvs)",
-		"--feature-gates (Fairlead has no feature gates)",
+		"--feature-gates (Fairlead has no feature gates, and always serves external IPs)",
 		"--iptables-sync-period (Fairlead programs changes as they arrive instead of periodically; use --batch-period to batch them)",
 		"--oom-score-adj (Fairlead does not set its oom_score_adj: in Kubernetes, priorityClassName system-node-critical sets it)",
 	}

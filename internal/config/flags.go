@@ -65,7 +65,7 @@ const (
 	ignoredNFTables      = "it applies only to kube-proxy's nftables mode"
 	ignoredSync          = "Fairlead programs changes as they arrive instead of periodically; use --batch-period to batch them"
 	ignoredOOM           = "Fairlead does not set its oom_score_adj: in Kubernetes, priorityClassName system-node-critical sets it"
-	ignoredFeatureGates  = "Fairlead has no feature gates"
+	ignoredFeatureGates  = "Fairlead has no feature gates, and always serves external IPs"
 	ignoredHiddenMetrics = "Fairlead has no hidden metrics"
 	ignoredConfigSync    = "Fairlead watches for changes and has nothing to refresh"
 	ignoredLogging       = "Fairlead writes each log line to standard error at once"

@@ -36,7 +36,7 @@ func TestLogWarnings(t *testing.T) {
 		`--config: logging.flushFrequency (Fairlead writes each log line to standard error at once); ` +
 		`--config: logging.vmodule, --vmodule (Fairlead has one log level for all source files: use --log-level); ` +
 		`--healthz-port (--config is set: set it in the file); --config: ipvs.scheduler (it applies only to --mode=ipvs); ` +
-		`--feature-gates (Fairlead has no feature gates)"` + "\n" +
+		`--feature-gates (Fairlead has no feature gates, and always serves external IPs)"` + "\n" +
 		`level=WARN msg="settings are deprecated" settings="--healthz-port (use --healthz-bind-address)"` + "\n"
 	if diff := cmp.Diff(want, log.String()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)

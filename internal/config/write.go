@@ -113,21 +113,14 @@ func addFlagFields(fields Fields, flags Flags, proxyMode string) {
 // unusedFieldFlags maps fields that Fairlead does not use to kube-proxy's equivalent flags.
 func unusedFieldFlags() map[string]string {
 	return map[string]string{
-		"iptables.masqueradeBit":          "iptables-masquerade-bit",
-		"iptables.syncPeriod":             "iptables-sync-period",
-		"iptables.minSyncPeriod":          "iptables-min-sync-period",
-		"ipvs.syncPeriod":                 "ipvs-sync-period",
-		"ipvs.minSyncPeriod":              "ipvs-min-sync-period",
-		"conntrack.maxPerCore":            "conntrack-max-per-core",
-		"conntrack.min":                   "conntrack-min",
-		"conntrack.tcpBeLiberal":          "conntrack-tcp-be-liberal",
-		"conntrack.tcpEstablishedTimeout": "conntrack-tcp-timeout-established",
-		"conntrack.tcpCloseWaitTimeout":   "conntrack-tcp-timeout-close-wait",
-		"conntrack.udpTimeout":            "conntrack-udp-timeout",
-		"conntrack.udpStreamTimeout":      "conntrack-udp-timeout-stream",
-		"oomScoreAdj":                     "oom-score-adj",
-		"configSyncPeriod":                "config-sync-period",
-		"showHiddenMetricsForVersion":     "show-hidden-metrics-for-version",
-		"logging.flushFrequency":          "log-flush-frequency",
+		"iptables.masqueradeBit":      "iptables-masquerade-bit",
+		"iptables.syncPeriod":         "iptables-sync-period",
+		"iptables.minSyncPeriod":      "iptables-min-sync-period",
+		"ipvs.syncPeriod":             "ipvs-sync-period",
+		"ipvs.minSyncPeriod":          "ipvs-min-sync-period",
+		"oomScoreAdj":                 "oom-score-adj",
+		"configSyncPeriod":            "config-sync-period",
+		"showHiddenMetricsForVersion": "show-hidden-metrics-for-version",
+		"logging.flushFrequency":      "log-flush-frequency",
 	}
 }
