@@ -145,15 +145,12 @@ ACCEL ?= tcg
 
 # Tests of nft to run and to skip unless FULL=1. `make test` runs all of them with this
 # machine's kernel, which is newer, so each virtual machine runs a part: the oldest kernel the
-# behavior with real packets, including SCTP, and the other one how tables are written, read
-# and repaired, without tests that take minutes under emulation. The tests of ipvs run nowhere
+# behavior with real packets, including SCTP, and the other one the tests of what newer kernels
+# do differently: owned tables, dumps and element statements. The tests of ipvs run nowhere
 # else, so none is skipped. cmd/fairlead: only the tests with the build tag.
 VMRUN-nft-6.1 := ^(TestBehaviour|TestSwitchTranslator|TestWatchRecovers)$$
 VMSKIP-nft-6.1 := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoints|Read_returns)
-VMSKIP-nft-6.12 := ^(TestBehaviour|TestRandomStates|TestReferenceCounts|TestApplyManyServices|TestListManyServices)
-VMSKIP-nft-6.12 := $(VMSKIP-nft-6.12)|^(TestReplaceIsolates|TestLargestService|TestInterruptedCommits|TestStepOrder)
-VMSKIP-nft-6.12 := $(VMSKIP-nft-6.12)|^(TestOperatorEdits|TestVersionSkew|TestRebuildInterrupted|TestOtherTables)
-VMSKIP-nft-6.12 := $(VMSKIP-nft-6.12)|^TestCounters
+VMRUN-nft-6.12 := ^(TestDrift|TestTableOwnership|TestOwnershipHandover|TestDumpDuringResize|TestElementStatementsRemoved)$$
 VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go | paste -sd '|'))$$
 
 VM = $(CURDIR)/bin/vm run -accel=$(ACCEL)
