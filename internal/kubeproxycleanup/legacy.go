@@ -4,88 +4,38 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"slices"
-	"strings"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"fairlead.io/fairlead/internal/xtables"
 )
 
-// legacyFamily describes a family of iptables-legacy, which stores whole tables in the kernel.
-// Socket options read and replace a table (linux/netfilter_ipv4/ip_tables.h,
-// linux/netfilter_ipv6/ip6_tables.h).
-type legacyFamily struct {
-	name, program string
-	domain, level int
-	// namesFile lists the existing tables. A request for another table would create it.
-	namesFile string
-	// targetOffset, nextOffset, counters and entrySize describe struct ipt_entry or ip6t_entry.
-	targetOffset, nextOffset, counters, entrySize int
-}
-
-func legacyFamilies() []legacyFamily {
-	return []legacyFamily{
-		{
-			name: "ip", program: "iptables-legacy", domain: unix.AF_INET, level: unix.SOL_IP, namesFile: "/proc/thread-self/net/ip_tables_names",
-			targetOffset: 88, nextOffset: 90, counters: 96, entrySize: 112,
-		},
-		{
-			name: "ip6", program: "ip6tables-legacy", domain: unix.AF_INET6, level: unix.SOL_IPV6, namesFile: "/proc/thread-self/net/ip6_tables_names",
-			targetOffset: 140, nextOffset: 142, counters: 152, entrySize: 168,
-		},
-	}
-}
-
-// legacyHooks is the number of netfilter hooks (NF_INET_NUMHOOKS).
-const legacyHooks = 5
-
-// legacyInfo is struct ipt_getinfo, which equals ip6t_getinfo.
-type legacyInfo struct {
-	Name            [32]byte
-	ValidHooks      uint32
-	HookEntry       [legacyHooks]uint32
-	Underflow       [legacyHooks]uint32
-	Entries, Length uint32
-}
-
 const (
-	optionGetInfo     = 64 // IPT_SO_GET_INFO
-	optionGetEntries  = 65 // IPT_SO_GET_ENTRIES
-	optionReplace     = 64 // IPT_SO_SET_REPLACE
-	optionAddCounters = 65 // IPT_SO_SET_ADD_COUNTERS
-
-	getEntriesHeader  = 40 // struct ipt_get_entries
 	replaceHeader     = 96 // struct ipt_replace
 	addCountersHeader = 40 // struct xt_counters_info
 	counterSize       = 16 // struct xt_counters
-
-	// A target starts with its size and name. The verdict or the name of an error follows.
-	targetHeader = 32 // struct xt_entry_target
-	errorTarget  = "ERROR"
 )
 
 // removeLegacyChains removes kube-proxy's chains from the tables of iptables-legacy, and the jumps
 // to them. It replaces each table as a whole, so that no packet sees a part of the change.
 func removeLegacyChains(report func(string)) error {
 	var errs []error
-	for _, family := range legacyFamilies() {
-		names, err := os.ReadFile(family.namesFile)
+	for _, family := range xtables.Families() {
+		names, err := family.Tables()
 		if err != nil {
-			if !errors.Is(err, fs.ErrNotExist) { // the kernel lacks iptables-legacy
-				errs = append(errs, fmt.Errorf("list tables of %s: %w", family.program, err))
-			}
+			errs = append(errs, err)
 			continue
 		}
 		for _, table := range iptablesTables() {
-			if !slices.Contains(strings.Fields(string(names)), table) {
+			if !slices.Contains(names, table) {
 				continue
 			}
-			kept, err := family.clean(table, report)
+			kept, err := cleanLegacyTable(family, table, report)
 			if err != nil {
-				err = fmt.Errorf("%[1]w; to remove kube-proxy's chains, run: %[2]s-save -t %[3]s | grep -vE '%[4]s' | %[2]s-restore -T %[3]s", err, family.program, table, chainPattern)
+				err = fmt.Errorf("%[1]w; to remove kube-proxy's chains, run: %[2]s-save -t %[3]s | grep -vE '%[4]s' | %[2]s-restore -T %[3]s", err, family.Program, table, chainPattern)
 			}
 			errs = append(errs, err, kept)
 		}
@@ -97,31 +47,31 @@ func removeLegacyChains(report func(string)) error {
 const chainPattern = `KUBE-(SERVICES|EXTERNAL-SERVICES|NODEPORTS|POSTROUTING|MARK-MASQ|MARK-DROP|FORWARD|PROXY-|SVC-|SVL-|FW-|EXT-|XLB-|SEP-` +
 	`|SOURCE-RANGES-FIREWALL|NODE-PORT|LOAD-BALANCER|IPVS-)`
 
-// clean removes kube-proxy's chains from one table. It returns an error about chains that other
+// cleanLegacyTable removes kube-proxy's chains from one table. It returns an error about chains that other
 // programs' rules use, and one about a failure.
-func (f legacyFamily) clean(table string, report func(string)) (kept, err error) {
+func cleanLegacyTable(family xtables.Family, table string, report func(string)) (kept, err error) {
 	unlock := lockXtables()
 	defer unlock()
-	socket, err := unix.Socket(f.domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	socket, err := family.Open()
 	if err != nil {
-		return nil, fmt.Errorf("open socket for %s: %w", f.program, err)
+		return nil, err
 	}
-	defer unix.Close(socket) //nolint:errcheck // the options take effect at once
+	defer socket.Close() //nolint:errcheck // the options take effect at once
 	const attempts = 10
 	for range attempts {
 		var t *legacyTable
-		if t, err = f.read(socket, table); err != nil {
+		if t, err = readLegacyTable(socket, table); err != nil {
 			if errors.Is(err, unix.EAGAIN) { // the table changed after its length was read
 				continue
 			}
 			return nil, err
 		}
 		p := newPlan(t.chainNames(), t.rules(), t.isBase)
-		name := fmt.Sprintf("table %s %s of iptables-legacy", f.name, table)
+		name := fmt.Sprintf("table %s %s of iptables-legacy", family.Name, table)
 		if p.empty() {
 			return p.keptError(name), nil
 		}
-		if err = t.replace(socket, t.remaining(p)); err == nil {
+		if err = t.replace(t.remaining(p)); err == nil {
 			report(p.describe(name))
 			return p.keptError(name), nil
 		}
@@ -129,7 +79,7 @@ func (f legacyFamily) clean(table string, report func(string)) (kept, err error)
 			break
 		}
 	}
-	return nil, fmt.Errorf("change table %s of %s: %w", table, f.program, err)
+	return nil, fmt.Errorf("change table %s of %s: %w", table, family.Program, err)
 }
 
 // lockXtables acquires the lock that iptables programs hold while they change a table. Without
@@ -161,46 +111,45 @@ type legacyEntry struct {
 
 // legacyTable is a table as read from the kernel.
 type legacyTable struct {
-	legacyFamily
-	info    legacyInfo
+	*xtables.Socket
+
+	info    xtables.Info
 	entries []legacyEntry
 	// starts maps the offset of the first rule of a user-defined chain to its name.
 	starts map[int]string
 }
 
-func (f legacyFamily) read(socket int, table string) (*legacyTable, error) {
-	t := &legacyTable{legacyFamily: f, starts: map[int]string{}}
-	copy(t.info.Name[:], table)
-	if err := f.getsockopt(socket, optionGetInfo, unsafe.Slice((*byte)(unsafe.Pointer(&t.info)), unsafe.Sizeof(t.info))); err != nil { //nolint:gosec // a struct without pointers
-		return nil, fmt.Errorf("read length of table %s of %s: %w", table, f.program, err)
+func readLegacyTable(socket *xtables.Socket, table string) (*legacyTable, error) {
+	info, err := socket.Info(table)
+	if err != nil {
+		return nil, err
 	}
-	buffer := make([]byte, getEntriesHeader+int(t.info.Length))
-	copy(buffer, table)
-	binary.NativeEndian.PutUint32(buffer[len(t.info.Name):], t.info.Length)
-	if err := f.getsockopt(socket, optionGetEntries, buffer); err != nil {
-		return nil, fmt.Errorf("read table %s of %s: %w", table, f.program, err)
+	entries, err := socket.Entries(info, make([]byte, xtables.EntriesHeader+int(info.Length)))
+	if err != nil {
+		return nil, err
 	}
-	if err := t.parse(buffer[getEntriesHeader:]); err != nil {
-		return nil, fmt.Errorf("read table %s of %s: %w", table, f.program, err)
+	t := &legacyTable{Socket: socket, info: info, starts: map[int]string{}}
+	if err := t.parse(entries); err != nil {
+		return nil, fmt.Errorf("read table %s of %s: %w", table, socket.Program, err)
 	}
 	return t, nil
 }
 
 // hookNames are the names of the chains of the hooks, by number.
-func hookNames() [legacyHooks]string {
-	return [legacyHooks]string{"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
+func hookNames() [xtables.Hooks]string {
+	return [xtables.Hooks]string{"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
 }
 
 // parse splits the entries. The chains of the hooks come first, each ends with its policy.
 func (t *legacyTable) parse(b []byte) error {
 	chain := ""
 	for offset := 0; offset < len(b); {
-		if len(b)-offset < t.entrySize {
+		if len(b)-offset < t.EntrySize {
 			return errors.New("truncated entry")
 		}
-		size := int(binary.NativeEndian.Uint16(b[offset+t.nextOffset:]))
-		target := int(binary.NativeEndian.Uint16(b[offset+t.targetOffset:]))
-		if size < target+targetHeader || target < t.entrySize || size > len(b)-offset {
+		size := int(binary.NativeEndian.Uint16(b[offset+t.NextOffset:]))
+		target := int(binary.NativeEndian.Uint16(b[offset+t.TargetOffset:]))
+		if size < target+xtables.TargetHeader || target < t.EntrySize || size > len(b)-offset {
 			return fmt.Errorf("invalid entry at offset %d", offset)
 		}
 		for hook, name := range hookNames() {
@@ -209,8 +158,8 @@ func (t *legacyTable) parse(b []byte) error {
 			}
 		}
 		e := legacyEntry{offset: offset, data: b[offset : offset+size]}
-		if e.targetName(t.targetOffset) == errorTarget {
-			e.head, chain = true, unix.ByteSliceToString(e.data[target+targetHeader:])
+		if e.targetName(t.TargetOffset) == xtables.ErrorTarget {
+			e.head, chain = true, unix.ByteSliceToString(e.data[target+xtables.TargetHeader:])
 			t.starts[offset+size] = chain
 		}
 		e.chain = chain
@@ -223,14 +172,14 @@ func (t *legacyTable) parse(b []byte) error {
 // targetName returns the name of the entry's target, which is empty for a verdict or a jump.
 func (e legacyEntry) targetName(targetOffset int) string {
 	target := int(binary.NativeEndian.Uint16(e.data[targetOffset:]))
-	return unix.ByteSliceToString(e.data[target+2 : target+targetHeader-1])
+	return xtables.TargetName(e.data[target:])
 }
 
 // verdict returns the verdict of an entry with a standard target. A verdict that is not negative
 // is the offset of the next entry.
 func (t *legacyTable) verdict(e legacyEntry) (verdict []byte, ok bool) {
-	target := int(binary.NativeEndian.Uint16(e.data[t.targetOffset:])) + targetHeader
-	if e.targetName(t.targetOffset) != "" || len(e.data) < target+4 {
+	target := int(binary.NativeEndian.Uint16(e.data[t.TargetOffset:])) + xtables.TargetHeader
+	if e.targetName(t.TargetOffset) != "" || len(e.data) < target+4 {
 		return nil, false
 	}
 	return e.data[target : target+4], true
@@ -274,7 +223,7 @@ func (t *legacyTable) remaining(p plan) []legacyEntry {
 }
 
 // replace replaces the table in the kernel by some of its entries.
-func (t *legacyTable) replace(socket int, entries []legacyEntry) error {
+func (t *legacyTable) replace(entries []legacyEntry) error {
 	// offsets maps old offsets to new ones. A removed entry has the offset of the next one.
 	offsets := map[int]int{}
 	size, next := 0, 0
@@ -291,7 +240,7 @@ func (t *legacyTable) replace(socket int, entries []legacyEntry) error {
 	added := make([]byte, addCountersHeader, addCountersHeader+counterSize*len(entries))
 	for _, e := range entries {
 		data := slices.Clone(e.data)
-		added = append(added, data[t.counters:t.counters+counterSize]...)
+		added = append(added, data[t.CountersOffset:t.CountersOffset+counterSize]...)
 		moved := e
 		moved.data = data
 		if verdict, ok := t.verdict(moved); ok {
@@ -316,7 +265,7 @@ func (t *legacyTable) replace(socket int, entries []legacyEntry) error {
 	put(32, t.info.ValidHooks)
 	put(36, uint32(len(entries))) //nolint:gosec // at most the kernel's number
 	put(40, uint32(size))         //nolint:gosec // at most the kernel's length
-	for hook := range legacyHooks {
+	for hook := range xtables.Hooks {
 		if t.info.ValidHooks&(1<<hook) != 0 {
 			put(44+4*hook, uint32(offsets[int(t.info.HookEntry[hook])])) //nolint:gosec // less than the length
 			put(64+4*hook, uint32(offsets[int(t.info.Underflow[hook])])) //nolint:gosec // less than the length
@@ -324,34 +273,13 @@ func (t *legacyTable) replace(socket int, entries []legacyEntry) error {
 	}
 	put(84, t.info.Entries)
 	binary.NativeEndian.PutUint64(buffer[88:], uint64(uintptr(unsafe.Pointer(unsafe.SliceData(counters)))))
-	if err := t.setsockopt(socket, optionReplace, buffer); err != nil {
+	if err := t.Replace(buffer); err != nil {
 		return err
 	}
 	copy(added, t.info.Name[:])
 	binary.NativeEndian.PutUint32(added[32:], uint32(len(entries))) //nolint:gosec // at most the kernel's number
-	if err := t.setsockopt(socket, optionAddCounters, added); err != nil {
+	if err := t.AddCounters(added); err != nil {
 		return fmt.Errorf("restore the counters of the remaining rules: %w", err)
-	}
-	return nil
-}
-
-// getsockopt calls getsockopt(2).
-func (f legacyFamily) getsockopt(socket, option int, value []byte) error {
-	length := uint32(len(value)) //nolint:gosec // a length from the kernel
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(socket), uintptr(f.level), uintptr(option),
-		uintptr(unsafe.Pointer(unsafe.SliceData(value))), uintptr(unsafe.Pointer(&length)), 0) //nolint:gosec // arguments of a system call
-	if errno != 0 {
-		return errno
-	}
-	return nil
-}
-
-// setsockopt calls setsockopt(2).
-func (f legacyFamily) setsockopt(socket, option int, value []byte) error {
-	_, _, errno := unix.Syscall6(unix.SYS_SETSOCKOPT, uintptr(socket), uintptr(f.level), uintptr(option),
-		uintptr(unsafe.Pointer(unsafe.SliceData(value))), uintptr(len(value)), 0) //nolint:gosec // arguments of a system call
-	if errno != 0 {
-		return errno
 	}
 	return nil
 }

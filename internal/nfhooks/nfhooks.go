@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 
 	"github.com/mdlayher/netlink"
@@ -390,19 +389,4 @@ func (c *Conn) ForwardDrops() ([]Dropper, error) {
 		}
 	}
 	return droppers, err
-}
-
-// hasLegacyTable reports whether iptables-legacy has the table. A request for a table would make
-// the kernel create it.
-func hasLegacyTable(namesFile, table string) bool {
-	names, err := os.ReadFile(namesFile)
-	if err != nil { // the kernel lacks iptables-legacy, or the process may not read the file
-		return false
-	}
-	for name := range strings.FieldsSeq(string(names)) {
-		if name == table {
-			return true
-		}
-	}
-	return false
 }

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/internal/nlconn"
+	"fairlead.io/fairlead/internal/xtables"
 )
 
 // NATRules describes the NAT rules of a node. The kernel translates packets of established connections
@@ -37,7 +38,7 @@ func (s *Scanner) NATRules(ownTables []string) (found NATRules, err error) {
 	}
 	tables := legacyTables() // without the cached results for another question
 	for i, family := range []*bool{&found.IPv4, &found.IPv6} {
-		exists, err := tables[i].hasTarget(func(target []byte) bool { return isNATTarget(unix.ByteSliceToString(target[2:])) })
+		exists, err := tables[i].hasTarget(func(target []byte) bool { return isNATTarget(xtables.TargetName(target)) })
 		if err != nil {
 			return found, err
 		}
