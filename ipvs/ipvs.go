@@ -299,14 +299,7 @@ func removeServers(h *host, opts Options) error {
 		return err
 	}
 	defer c.close() //nolint:errcheck // the socket has no unwritten data
-	if link, err := h.handle.LinkByName(LinkName); err == nil {
-		h.link = link.Attrs().Index
-	}
-	bound, err := h.boundAddrs()
-	if err != nil {
-		return err
-	}
-	servers, err := c.dumpServers()
+	bound, servers, err := readServers(c, h)
 	if err != nil {
 		return err
 	}

@@ -28,14 +28,7 @@ func OtherServers(match func(OtherServer) bool) (others []OtherServer, err error
 			return err
 		}
 		defer h.close() //nolint:errcheck // nothing was written
-		if link, err := h.handle.LinkByName(LinkName); err == nil {
-			h.link = link.Attrs().Index
-		}
-		bound, err := h.boundAddrs()
-		if err != nil {
-			return err
-		}
-		servers, err := c.dumpServers()
+		bound, servers, err := readServers(c, h)
 		if err != nil {
 			return err
 		}
@@ -48,6 +41,18 @@ func OtherServers(match func(OtherServer) bool) (others []OtherServer, err error
 		return nil
 	})
 	return others, err
+}
+
+// readServers returns the addresses bound to Fairlead's interface, and all virtual servers.
+func readServers(c *ipvsConn, h *host) (bound map[netip.Addr]bool, servers map[serverKey]settings, err error) {
+	if link, err := h.handle.LinkByName(LinkName); err == nil {
+		h.link = link.Attrs().Index
+	}
+	if bound, err = h.boundAddrs(); err != nil {
+		return nil, nil, err
+	}
+	servers, err = c.dumpServers()
+	return bound, servers, err
 }
 
 // DeleteOtherServers deletes virtual servers and returns how many existed.

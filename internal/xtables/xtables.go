@@ -72,7 +72,7 @@ type Info struct {
 }
 
 // Tables returns the names of the existing tables, in the network namespace of the calling thread.
-// There are none if the kernel lacks iptables-legacy. The error wraps [fs.ErrPermission] if the
+// The result is empty if the kernel lacks iptables-legacy. The error wraps [fs.ErrPermission] if the
 // process is not root. Read only these tables: the kernel creates any other one on request, with
 // its hooks.
 func (f Family) Tables() ([]string, error) {
