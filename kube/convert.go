@@ -55,6 +55,11 @@ type desiredService struct {
 
 // convert returns the desired state of the Service, given its slices.
 func convert(svc *corev1.Service, endpointSlices []*endpointSlice, loc location, opts Options) desiredState {
+	return convertAndRecord(svc, endpointSlices, loc, opts, nil)
+}
+
+// convertAndRecord is convert. If r is not nil, it also records how it has found the result.
+func convertAndRecord(svc *corev1.Service, endpointSlices []*endpointSlice, loc location, opts Options, r *recorder) desiredState {
 	if !shouldServe(svc, opts.ServiceProxyName) {
 		return desiredState{}
 	}
@@ -63,6 +68,7 @@ func convert(svc *corev1.Service, endpointSlices []*endpointSlice, loc location,
 		name:       types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name},
 		location:   loc,
 		schedulers: opts.Schedulers,
+		recorder:   r,
 	}
 	policy := c.policy()
 	addrs := c.addresses()
@@ -75,6 +81,7 @@ func convert(svc *corev1.Service, endpointSlices []*endpointSlice, loc location,
 
 		clusterIPs: addrs.clusterIPs,
 	}
+	c.recorder.record(policy, ports, endpointSlices)
 	d.unmatchedPorts = c.unmatchedPorts
 	slices.SortFunc(c.problems, Problem.Compare)
 	d.problems = slices.Compact(c.problems)
@@ -84,14 +91,23 @@ func convert(svc *corev1.Service, endpointSlices []*endpointSlice, loc location,
 // shouldServe reports whether the proxy with the given name serves the Service. The default proxy
 // has no name.
 func shouldServe(svc *corev1.Service, proxyName string) bool {
-	if svc == nil || svc.Spec.Type == corev1.ServiceTypeExternalName {
-		return false
+	return whyNotServed(svc, proxyName) == Served
+}
+
+// whyNotServed returns why the proxy with the given name does not serve the Service, or Served.
+func whyNotServed(svc *corev1.Service, proxyName string) NotServed {
+	switch {
+	case svc == nil:
+		return NoSuchService
+	case svc.Spec.Type == corev1.ServiceTypeExternalName:
+		return IsExternalName
+	case svc.Spec.ClusterIP == corev1.ClusterIPNone, len(svc.Spec.ClusterIPs) > 0 && svc.Spec.ClusterIPs[0] == corev1.ClusterIPNone:
+		return IsHeadless
 	}
-	if svc.Spec.ClusterIP == corev1.ClusterIPNone || (len(svc.Spec.ClusterIPs) > 0 && svc.Spec.ClusterIPs[0] == corev1.ClusterIPNone) {
-		return false
+	if name, named := svc.Labels[LabelServiceProxyName]; named != (proxyName != "") || name != proxyName {
+		return OfAnotherProxy
 	}
-	name, named := svc.Labels[LabelServiceProxyName]
-	return named == (proxyName != "") && name == proxyName
+	return Served
 }
 
 // conversion is the state of one call of convert.
@@ -103,6 +119,8 @@ type conversion struct {
 	problems   []Problem
 
 	unmatchedPorts []unmatchedPort
+	// recorder is nil unless somebody asks for an explanation.
+	recorder *recorder
 }
 
 func (c *conversion) addProblem(field, format string, args ...any) {

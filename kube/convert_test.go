@@ -23,7 +23,9 @@ func testConversion(t *testing.T, rules []conversionTest) {
 	for _, r := range rules {
 		t.Run(r.name, func(t *testing.T) {
 			t.Parallel()
-			got := NewTracker(Options{NodeName: "here"}).Apply(Delta{Node: r.node, Services: r.services, EndpointSlices: r.slices})
+			tracker := NewTracker(Options{NodeName: "here"})
+			got := tracker.Apply(Delta{Node: r.node, Services: r.services, EndpointSlices: r.slices})
+			checkExplanations(t, tracker, got.Changes)
 			if diff := cmp.Diff(r.want, serviceTexts(got.Changes)); diff != "" {
 				t.Errorf("Services (-want +got):\n%s", diff)
 			}

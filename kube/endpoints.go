@@ -37,11 +37,6 @@ func (t traits) has(bits traits) bool { return t&bits != 0 }
 
 func (t traits) ready() bool { return !t.has(notReady) }
 
-// servingTerminating reports whether the endpoint receives connections if no endpoint is ready.
-func (t traits) servingTerminating() bool {
-	return t.has(notReady) && t.has(terminating) && !t.has(notServing)
-}
-
 // serving reports whether existing UDP flows may stay with the endpoint. A ready endpoint is
 // always serving, because pods of a Service with publishNotReadyAddresses can be ready without
 // the condition serving.
@@ -77,6 +72,8 @@ type choice struct {
 	localTerminating bool
 	// zoneDependent is set if the choice may change with the zone of this node.
 	zoneDependent bool
+	// byCluster and byLocal have selected cluster and local.
+	byCluster, byLocal selection
 }
 
 // endpoints selects the endpoints of each port.
@@ -92,6 +89,7 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSli
 	find, read := portFinder(ports), 0 // number of candidates
 	for _, slice := range endpointSlices {
 		if !slice.hasFamily || !families[slice.family] {
+			c.recorder.skipSlice(slice)
 			continue
 		}
 		for _, p := range slice.problems {
@@ -107,6 +105,7 @@ func (c *conversion) endpoints(ports []portFamily, endpointSlices []*endpointSli
 			if port == nil {
 				continue
 			}
+			c.recorder.usePort(slice, p, port)
 			port.matched = true
 			if read += len(slice.endpoints); read > maxElements || port.beyondLimit {
 				read -= len(port.candidates) + len(slice.endpoints)
@@ -224,23 +223,60 @@ func chooseEndpoints(candidates []candidate, local bool) choice {
 	var c choice
 	hints := topologyOf(candidates)
 	c.zoneDependent = hints.zoneDependent
-	c.cluster = filterEndpoints(candidates, func(t traits) bool { return t.ready() && !t.has(hints.excluded) })
-	if len(c.cluster) == 0 {
-		c.cluster = filterEndpoints(candidates, traits.servingTerminating)
-	}
+	c.cluster, c.byCluster = selectEndpoints(candidates, selection{hints: hints.excluded})
 	c.usableAnywhere = len(c.cluster) > 0
 	if !local {
 		return c
 	}
-	c.local = filterEndpoints(candidates, func(t traits) bool { return t.ready() && !t.has(notOnThisNode) })
-	if len(c.local) == 0 {
-		c.local = filterEndpoints(candidates, func(t traits) bool { return t.servingTerminating() && !t.has(notOnThisNode) })
-		c.localTerminating = true
-	}
+	c.local, c.byLocal = selectEndpoints(candidates, selection{local: true})
+	c.localTerminating = c.byLocal.terminating
 	if slices.Equal(c.cluster, c.local) {
 		c.local = c.cluster
 	}
 	return c
+}
+
+// selectEndpoints returns the endpoints that s selects. If it selects none, selectEndpoints
+// selects serving terminating endpoints, and returns the selection that it has used.
+func selectEndpoints(candidates []candidate, s selection) ([]dataplane.Endpoint, selection) {
+	endpoints := filterEndpoints(candidates, s)
+	if len(endpoints) == 0 {
+		s.terminating, s.hints = true, 0
+		endpoints = filterEndpoints(candidates, s)
+	}
+	return endpoints, s
+}
+
+// selection defines which candidates receive connections.
+type selection struct {
+	// local selects only candidates on this node.
+	local bool
+	// terminating selects the serving terminating candidates, because no candidate is ready.
+	terminating bool
+	// hints contains the traits of candidates that hints exclude.
+	hints traits
+}
+
+// exclusion returns why s does not select a candidate with these traits, or Selected.
+func (s selection) exclusion(t traits) Exclusion {
+	switch {
+	case s.local && t.has(onOtherNode):
+		return OnOtherNode
+	case s.local && t.has(notOnThisNode):
+		return OnUnknownNode
+	case !t.ready() && !t.has(terminating):
+		return NotReady
+	case !t.ready() && t.has(notServing):
+		return NotServing
+	case !t.ready() && !s.terminating:
+		return Terminating
+	case t.has(s.hints & notForNode):
+		return HintForOtherNode
+	case t.has(s.hints & notForZone):
+		return HintForOtherZone
+	default:
+		return Selected
+	}
 }
 
 // servingExcluded returns the addresses of candidates that serve but are in neither list of the
@@ -291,11 +327,11 @@ func propagateLocal(candidates []candidate) {
 	}
 }
 
-// filterEndpoints returns the endpoints of the candidates whose traits match.
-func filterEndpoints(candidates []candidate, matches func(traits) bool) []dataplane.Endpoint {
+// filterEndpoints returns the endpoints of the candidates that s selects.
+func filterEndpoints(candidates []candidate, s selection) []dataplane.Endpoint {
 	n := 0
 	for _, c := range candidates {
-		if matches(c.traits) {
+		if s.exclusion(c.traits) == Selected {
 			n++
 		}
 	}
@@ -304,7 +340,7 @@ func filterEndpoints(candidates []candidate, matches func(traits) bool) []datapl
 	}
 	endpoints := make([]dataplane.Endpoint, 0, n)
 	for _, c := range candidates {
-		if matches(c.traits) {
+		if s.exclusion(c.traits) == Selected {
 			endpoints = append(endpoints, dataplane.Endpoint{Addr: c.addr, Local: !c.has(onOtherNode)})
 		}
 	}

@@ -95,18 +95,28 @@ func (c *conversion) scheduler() string {
 	return ""
 }
 
+// trafficPolicy returns the field with the traffic policy for frontends of one kind, and whether
+// the policy is Local.
+func (p policy) trafficPolicy(kind dataplane.Kind) (field string, local bool) {
+	if kind == dataplane.ClusterIP {
+		return "spec.internalTrafficPolicy", p.internalLocal
+	}
+	return "spec.externalTrafficPolicy", p.externalLocal
+}
+
 // spec returns the ServiceSpec for frontends of one kind.
 func (p policy) spec(kind dataplane.Kind, chosen choice) dataplane.ServiceSpec {
 	t := dataplane.ServiceSpec{Endpoints: chosen.cluster, Affinity: p.affinity, Scheduler: p.scheduler}
 	policyEndpoints := chosen.cluster
+	_, local := p.trafficPolicy(kind)
 	switch {
 	case kind == dataplane.ClusterIP:
 		t.Masquerade = dataplane.MasqueradeOffCluster
-		if p.internalLocal {
+		if local {
 			t.Endpoints = chosen.local
 			policyEndpoints = chosen.local
 		}
-	case p.externalLocal:
+	case local:
 		// The purpose of the policy is to preserve the client's address.
 		t.Masquerade = dataplane.MasqueradeFromNode
 		t.ExternalTrafficPolicyLocal = true
