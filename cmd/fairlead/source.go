@@ -2,11 +2,13 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 
 	"k8s.io/client-go/rest"
 
 	"fairlead.io/fairlead/internal/agent"
 	"fairlead.io/fairlead/internal/config"
+	"fairlead.io/fairlead/internal/desired"
 	"fairlead.io/fairlead/source/apiserver"
 	"fairlead.io/fairlead/source/manifest"
 )
@@ -18,11 +20,9 @@ func openSource(o *agent.Options) error {
 	c, log := o.Config, o.Logger
 	o.SourceName = sourceName(c)
 	if c.Manifests != "" {
-		s, err := manifest.New(manifest.Options{
-			Dir: c.Manifests, ServiceCIDRs: c.ServiceCIDRs, NodeName: c.Tracker.NodeName, Logger: log.With("component", "manifest"),
-		})
+		s, err := newManifestSource(c, log)
 		if err != nil {
-			return fmt.Errorf("--manifests: %w", err)
+			return err
 		}
 		o.Source, o.Events = s, agent.NoEvents{}
 		return nil
@@ -37,18 +37,58 @@ func openSource(o *agent.Options) error {
 	if err != nil {
 		return fmt.Errorf("create the client for Events: %w", err)
 	}
-	s, err := apiserver.New(apiserver.Options{
-		Config: client, NodeName: c.Tracker.NodeName, ServiceProxyName: c.Tracker.ServiceProxyName, Version: version, BatchPeriod: c.API.BatchPeriod,
-		MassRemovalDelay: c.API.MassRemovalDelay, ProgrammedServices: servedServices(o.Backend, log), Logger: log.With("component", "apiserver"),
-		OnMassRemoval: func(resource string, removed, before int) {
-			e.MassRemoval(resource, removed, before, c.API.MassRemovalDelay)
-		},
-	})
+	api := apiOptions(c, client, log)
+	api.BatchPeriod, api.MassRemovalDelay = c.API.BatchPeriod, c.API.MassRemovalDelay
+	api.ProgrammedServices = servedServices(o.Backend, log)
+	api.OnMassRemoval = func(resource string, removed, before int) {
+		e.MassRemoval(resource, removed, before, c.API.MassRemovalDelay)
+	}
+	s, err := newAPISource(api)
 	if err != nil {
-		return fmt.Errorf("create the API server source: %w", err)
+		return err
 	}
 	o.Source, o.Events, o.APIResources, o.APIConnection = s, e, apiResources(s), apiConnection(s)
 	return nil
+}
+
+// openReadOnlySource creates the source of the same objects for a command that programs nothing. It
+// delivers removals at once, and objects with all fields. It does not block.
+func openReadOnlySource(c config.Config, log *slog.Logger) (desired.Source, error) {
+	if c.Manifests != "" {
+		return newManifestSource(c, log)
+	}
+	client, err := clientConfig(c.API)
+	if err != nil {
+		return nil, err
+	}
+	api := apiOptions(c, client, log)
+	api.KeepAllFields = true
+	return newAPISource(api)
+}
+
+func newManifestSource(c config.Config, log *slog.Logger) (*manifest.Source, error) {
+	s, err := manifest.New(manifest.Options{
+		Dir: c.Manifests, ServiceCIDRs: c.ServiceCIDRs, NodeName: c.Tracker.NodeName, Logger: log.With("component", "manifest"),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("--manifests: %w", err)
+	}
+	return s, nil
+}
+
+// apiOptions returns the options that select the objects of the API server.
+func apiOptions(c config.Config, client *rest.Config, log *slog.Logger) apiserver.Options {
+	return apiserver.Options{
+		Config: client, NodeName: c.Tracker.NodeName, ServiceProxyName: c.Tracker.ServiceProxyName, Version: version, Logger: log.With("component", "apiserver"),
+	}
+}
+
+func newAPISource(o apiserver.Options) (*apiserver.Source, error) {
+	s, err := apiserver.New(o)
+	if err != nil {
+		return nil, fmt.Errorf("create the API server source: %w", err)
+	}
+	return s, nil
 }
 
 // sourceName describes the source of objects for the log.

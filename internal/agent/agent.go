@@ -128,7 +128,7 @@ func New(o Options) (*Agent, error) {
 		return nil, err
 	}
 	var commits observers[sync.Commit]
-	tracker := trackerOptions(b, c.Tracker)
+	tracker := b.TrackerOptions(c.Tracker)
 	a.pipeline = pipeline.New(a.dp, pipeline.Options{
 		Tracker: tracker, Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: commits.notify,
 	})

@@ -74,7 +74,7 @@ func (d *dispatcher) deliver(delta kube.Delta) {
 func (d *dispatcher) setAddresses(addrs nodeip.Addresses) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.distribute(d.pipeline.Track(kube.Delta{LocalAddrs: addrs.All, VirtualAddrs: addrs.Virtual, LocalRoutes: addrs.Routes}))
+	d.distribute(d.pipeline.TrackAddresses(addrs))
 }
 
 // configure updates the options of the tracker.

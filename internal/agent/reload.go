@@ -3,9 +3,7 @@ package agent
 import (
 	"context"
 
-	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/config"
-	"fairlead.io/fairlead/kube"
 )
 
 // applyConfig applies the changed settings that do not need a restart, and logs the others.
@@ -19,7 +17,7 @@ func (a *Agent) applyConfig(ctx context.Context, next config.Config) {
 	a.logLevel.Set(next.LogLevel)
 	a.reportReplacedMode(next)
 	a.conntrackSettings.set(next.Conntrack)
-	a.dispatcher.configure(trackerOptions(a.backend, next.Tracker))
+	a.dispatcher.configure(a.backend.TrackerOptions(next.Tracker))
 	a.log.InfoContext(ctx, "configuration file reloaded")
 }
 
@@ -28,14 +26,4 @@ func (a *Agent) reportReplacedMode(c config.Config) {
 	if notice := c.IPTablesNotice(); notice != "" {
 		a.dispatcher.events.ModeReplaced(notice)
 	}
-}
-
-// trackerOptions adds the options that depend on the backend: kube-proxy's default for the
-// addresses of node ports in this mode, and the IPVS schedulers.
-func trackerOptions(b backend.Backend, o kube.Options) kube.Options {
-	if b.NodePortsOnAllAddresses && o.NodePortAddresses.IsZero() {
-		o.NodePortAddresses.All = true
-	}
-	o.Schedulers = b.Schedulers
-	return o
 }

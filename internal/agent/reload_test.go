@@ -47,7 +47,7 @@ func TestTrackerOptions(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			got := trackerOptions(backendByName(t, test.mode), kube.Options{NodeName: "node", NodePortAddresses: test.given})
+			got := backendByName(t, test.mode).TrackerOptions(kube.Options{NodeName: "node", NodePortAddresses: test.given})
 			want := kube.Options{NodeName: "node", NodePortAddresses: test.want, Schedulers: test.schedulers}
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)

@@ -13,6 +13,7 @@ import (
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/kube"
 )
 
 // Backend describes one kernel mechanism. Fields are required unless their comment says what
@@ -123,6 +124,16 @@ func (b Backend) Dial(o Options) (dataplane.Dataplane, error) {
 		log.Warn("a setting has no effect", "setting", "--nft-own-table", "reason", "it requires Linux 6.9 or newer, this is "+kernelRelease())
 	}
 	return d, nil
+}
+
+// TrackerOptions adds the options that depend on the backend: kube-proxy's default for the
+// addresses of node ports in this mode, and the IPVS schedulers.
+func (b Backend) TrackerOptions(o kube.Options) kube.Options {
+	if b.NodePortsOnAllAddresses && o.NodePortAddresses.IsZero() {
+		o.NodePortAddresses.All = true
+	}
+	o.Schedulers = b.Schedulers
+	return o
 }
 
 // kernelRelease returns the kernel release that `uname -r` prints.

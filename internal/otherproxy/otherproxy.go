@@ -74,6 +74,17 @@ func NewScanner() (*Scanner, error) {
 	return &Scanner{nft: nft, legacy: legacyTables()}, nil
 }
 
+// Read returns the detected rules in the network namespace of the calling thread, see
+// [Scanner.Scan].
+func Read() ([]Rules, error) {
+	s, err := NewScanner()
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close() //nolint:errcheck // nothing was written
+	return s.Scan()
+}
+
 // Close closes the connections to the kernel.
 func (s *Scanner) Close() error { return s.nft.Close() }
 

@@ -1,6 +1,7 @@
 // Package pipeline connects a tracker, a syncer and a dataplane. It takes Kubernetes objects,
 // programs the kernel and reports commits. The agent programs nodes with it, and the
-// benchmarks measure it.
+// benchmarks measure it. Commands that only read use it without a syncer, see
+// [NewWithTarget].
 package pipeline
 
 import (
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/nodeip"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/sync"
 )
@@ -21,14 +23,24 @@ type Options struct {
 	ResyncPeriod time.Duration
 }
 
+// Target receives the desired state of the node: the Node, and each Service that changes,
+// nil if it is gone.
+type Target interface {
+	SetNode(node dataplane.Node)
+	Update(services map[dataplane.Key]*dataplane.Service)
+}
+
+var _ Target = (*sync.Syncer)(nil)
+
 // Pipeline programs a dataplane from Kubernetes objects. Its methods must not be called
 // concurrently.
 type Pipeline struct {
 	// Syncer programs the dataplane while Syncer.Run runs. Callers must not call its Update
-	// and SetNode; Pipeline does.
+	// and SetNode; Pipeline does. It is nil after NewWithTarget.
 	Syncer *sync.Syncer
 
 	tracker *kube.Tracker
+	target  Target
 	// node is the last Node from the tracker, nil before the first. Pipeline adds isAhead to it.
 	node    *dataplane.Node
 	isAhead bool
@@ -36,30 +48,45 @@ type Pipeline struct {
 
 // New returns a Pipeline that programs dp while its Syncer runs.
 func New(dp dataplane.Dataplane, o Options) *Pipeline {
-	return &Pipeline{
-		Syncer: sync.New(dp, sync.Options{
-			Logger: o.Logger, OnCommit: o.OnCommit, ResyncPeriod: o.ResyncPeriod, Prioritize: kube.IsPriority,
-		}),
-		tracker: kube.NewTracker(o.Tracker),
-	}
+	syncer := sync.New(dp, sync.Options{
+		Logger: o.Logger, OnCommit: o.OnCommit, ResyncPeriod: o.ResyncPeriod, Prioritize: kube.IsPriority,
+	})
+	p := NewWithTarget(syncer, o.Tracker)
+	p.Syncer = syncer
+	return p
 }
+
+// NewWithTarget returns a Pipeline that passes the desired state to target and programs
+// nothing.
+func NewWithTarget(target Target, o kube.Options) *Pipeline {
+	return &Pipeline{tracker: kube.NewTracker(o), target: target}
+}
+
+// Tracker returns the tracker. Callers must not change it.
+func (p *Pipeline) Tracker() *kube.Tracker { return p.tracker }
 
 // Track returns the changes that result from the objects of a Delta. The caller must pass the
 // Result to Program before it calls Track or Configure again.
 func (p *Pipeline) Track(d kube.Delta) kube.Result { return p.tracker.Apply(d) }
 
+// TrackAddresses returns the changes that result from the addresses of this node. The caller
+// must pass the Result to Program like a Result of Track.
+func (p *Pipeline) TrackAddresses(a nodeip.Addresses) kube.Result {
+	return p.tracker.Apply(kube.Delta{LocalAddrs: a.All, VirtualAddrs: a.Virtual, LocalRoutes: a.Routes})
+}
+
 // Configure sets the options of the tracker and returns the resulting changes. The caller must
 // pass the Result to Program like a Result of Track.
 func (p *Pipeline) Configure(o kube.Options) kube.Result { return p.tracker.Configure(o) }
 
-// Program passes a Result to the syncer. It does not wait for the kernel.
+// Program passes a Result to the syncer or target. It does not wait for the kernel.
 func (p *Pipeline) Program(result kube.Result) {
 	if result.Node != nil {
 		node := *result.Node
 		p.node = &node
 		p.setNode()
 	}
-	p.Syncer.Update(result.Changes)
+	p.target.Update(result.Changes)
 }
 
 // SetAheadOfOthers sets [dataplane.Node.AheadOfOthers] in the current Node and in all later ones.
@@ -76,5 +103,5 @@ func (p *Pipeline) IsAheadOfOthers() bool { return p.isAhead }
 func (p *Pipeline) setNode() {
 	node := *p.node
 	node.AheadOfOthers = p.isAhead
-	p.Syncer.SetNode(node)
+	p.target.SetNode(node)
 }

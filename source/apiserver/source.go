@@ -64,6 +64,9 @@ type Options struct {
 	// the resource, the number of objects to remove and the number known before. It must
 	// not block.
 	OnMassRemoval func(resource string, removed, before int)
+	// KeepAllFields keeps the fields of objects that package kube does not need, such as labels
+	// and the names of pods, at the expense of memory.
+	KeepAllFields bool
 	// Logger receives warnings and state changes: when the API server becomes unavailable,
 	// repeatedly while it is, and when it is back. Nil discards them.
 	Logger *slog.Logger
@@ -108,6 +111,7 @@ func New(opts Options) (*Source, error) {
 		connection: newConnectionState(log, describeCredentials(opts.Config)),
 		conns:      conns,
 	}
+	s.trimmer.keepsAll = opts.KeepAllFields
 	s.reflectors = s.newReflectors(opts)
 	return s, nil
 }

@@ -42,6 +42,7 @@ const maxInterned = 1 << 14
 // strings: each of 100,000 endpoints on 100 nodes would otherwise have its own copy of a
 // node's name. Trimmed objects share memory and must not be modified.
 type trimmer struct {
+	keepsAll            bool // see Options.KeepAllFields
 	labels, annotations []string
 	// startedAt is when the program started. A trigger time before it says nothing about
 	// how long Fairlead takes to apply changes.
@@ -96,6 +97,9 @@ func selectKeys(from map[string]string, keys []string) map[string]string {
 }
 
 func (t *trimmer) trimService(svc *corev1.Service) {
+	if t.keepsAll {
+		return
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.trimMeta(&svc.ObjectMeta)
@@ -105,6 +109,9 @@ func (t *trimmer) trimService(svc *corev1.Service) {
 }
 
 func (t *trimmer) trimEndpointSlice(slice *discoveryv1.EndpointSlice) {
+	if t.keepsAll {
+		return
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.trimMeta(&slice.ObjectMeta)
@@ -131,6 +138,9 @@ func (t *trimmer) trimEndpointSlice(slice *discoveryv1.EndpointSlice) {
 }
 
 func (t *trimmer) trimNode(node *corev1.Node) {
+	if t.keepsAll {
+		return
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.trimMeta(&node.ObjectMeta)
@@ -142,6 +152,9 @@ func (t *trimmer) trimNode(node *corev1.Node) {
 }
 
 func (t *trimmer) trimServiceCIDR(cidr *networkingv1.ServiceCIDR) {
+	if t.keepsAll {
+		return
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.trimMeta(&cidr.ObjectMeta)
