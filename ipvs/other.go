@@ -45,14 +45,19 @@ func OtherServers(match func(OtherServer) bool) (others []OtherServer, err error
 
 // readServers returns the addresses bound to Fairlead's interface, and all virtual servers.
 func readServers(c *ipvsConn, h *host) (bound map[netip.Addr]bool, servers map[serverKey]settings, err error) {
-	if link, err := h.handle.LinkByName(LinkName); err == nil {
-		h.link = link.Attrs().Index
-	}
-	if bound, err = h.boundAddrs(); err != nil {
+	if bound, err = readBoundAddrs(h); err != nil {
 		return nil, nil, err
 	}
 	servers, err = c.dumpServers()
 	return bound, servers, err
+}
+
+// readBoundAddrs returns the addresses bound to Fairlead's interface, if that exists.
+func readBoundAddrs(h *host) (map[netip.Addr]bool, error) {
+	if link, err := h.handle.LinkByName(LinkName); err == nil {
+		h.link = link.Attrs().Index
+	}
+	return h.boundAddrs()
 }
 
 // DeleteOtherServers deletes virtual servers and returns how many existed.

@@ -238,10 +238,19 @@ func (c *ipvsConn) run(requests []request) ([]error, error) {
 // addMissing.
 func (c *ipvsConn) dumpServers() (map[serverKey]settings, error) {
 	servers := map[serverKey]settings{}
+	if err := c.forEachServer(func(s serverKey, set settings, _ []byte) { servers[s] = set }); err != nil {
+		return nil, err
+	}
+	return servers, nil
+}
+
+// forEachServer calls visit for each virtual server in a dump; see dumpServers. It can call
+// visit twice for the same virtual server.
+func (c *ipvsConn) forEachServer(visit func(s serverKey, set settings, attributes []byte)) error {
 	dump := func() error {
 		request := newMessage(c.family, getService, func(b []byte) []byte { return b })
 		_, err := c.conn.Dump(context.Background(), request, func(body []byte) error {
-			forEachService(body, func(s serverKey, set settings) { servers[s] = set })
+			forEachService(body, visit)
 			return nil
 		})
 		return err
@@ -253,9 +262,9 @@ func (c *ipvsConn) dumpServers() (map[serverKey]settings, error) {
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("dump virtual servers: %w", err)
+		return fmt.Errorf("dump virtual servers: %w", err)
 	}
-	return servers, nil
+	return nil
 }
 
 // addMissing reads expected virtual servers that are missing from the dump, one request each.
@@ -278,7 +287,7 @@ func (c *ipvsConn) addMissing(servers map[serverKey]settings, expected iter.Seq[
 // getServer reads one virtual server and reports whether it exists.
 func (c *ipvsConn) getServer(s serverKey) (set settings, exists bool, err error) {
 	body, err := c.conn.Get(context.Background(), newMessage(c.family, getService, s.appendAttribute))
-	forEachService(body, func(key serverKey, st settings) { set, exists = st, key == s })
+	forEachService(body, func(key serverKey, st settings, _ []byte) { set, exists = st, key == s })
 	if err != nil && !isNotFound(err) {
 		return settings{}, false, fmt.Errorf("get virtual server %s: %w", s, err)
 	}
@@ -286,13 +295,13 @@ func (c *ipvsConn) getServer(s serverKey) (set settings, exists bool, err error)
 }
 
 // forEachService calls visit for the virtual servers in a message of the family.
-func forEachService(body []byte, visit func(serverKey, settings)) {
+func forEachService(body []byte, visit func(s serverKey, set settings, attributes []byte)) {
 	for typ, data := range nlconn.Attributes(body[min(genericHeaderLen, len(body)):]) {
 		if typ != attrService {
 			continue
 		}
 		if s, set, ok := parseService(data); ok {
-			visit(s, set)
+			visit(s, set, data)
 		}
 	}
 }
@@ -349,19 +358,30 @@ type destination struct {
 // dumpDestinations returns the destinations of a virtual server, or none if it does not exist.
 func (c *ipvsConn) dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error) {
 	destinations := map[netip.AddrPort]destination{}
+	err := c.forEachDestination(s, func(data []byte) {
+		addr, d := parseDestination(data, addressFamily(s.addr.Addr()))
+		destinations[addr] = d
+	})
+	if err != nil {
+		return nil, err
+	}
+	return destinations, nil
+}
+
+// forEachDestination calls visit with the attributes of each destination of a virtual server.
+func (c *ipvsConn) forEachDestination(s serverKey, visit func(attributes []byte)) error {
 	_, err := c.conn.Dump(context.Background(), newMessage(c.family, getDest, s.appendAttribute), func(body []byte) error {
 		for typ, data := range nlconn.Attributes(body[min(genericHeaderLen, len(body)):]) {
 			if typ == attrDest {
-				addr, d := parseDestination(data, addressFamily(s.addr.Addr()))
-				destinations[addr] = d
+				visit(data)
 			}
 		}
 		return nil
 	})
-	if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENOENT) {
-		return nil, fmt.Errorf("dump destinations of %s: %w", s, err)
+	if err != nil && !isNotFound(err) {
+		return fmt.Errorf("dump destinations of %s: %w", s, err)
 	}
-	return destinations, nil
+	return nil
 }
 
 func parseDestination(b []byte, family uint16) (netip.AddrPort, destination) {

@@ -68,7 +68,7 @@ func (e *elementDiff) diffFrontendElements(f dataplane.Frontend, have, want *fro
 		want = &frontendElements{}
 	}
 	t := e.table
-	e.diffClass(servicesSet, f, have.inServices, have.class, have.service, want.inServices, want.class, want.service)
+	e.diffClass(servicesSet, f, have.inServices, have.class, have.comment, want.inServices, want.class, want.comment)
 	e.diffClass(externalSet, f, have.inExternal, have.externalClass, "", want.inExternal, want.externalClass, "")
 	e.diffClass(timeoutsSet, f, have.timeoutClass != 0, have.timeoutClass, "", want.timeoutClass != 0, want.timeoutClass, "")
 	e.diffListID(f, have.listID, want.listID)

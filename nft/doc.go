@@ -62,6 +62,9 @@
 //	    ct status dnat goto masquerading    # hairpin, then services and masquerades
 //	}
 //
+// The comments in `services` name the Service. At external addresses, they also contain the
+// [dataplane.Kind], as in "default/backend:http LoadBalancer".
+//
 // # Terms
 //
 // A frontend has two endpoint lists: the cluster list ([dataplane.ServiceSpec].Endpoints)

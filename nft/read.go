@@ -186,8 +186,18 @@ func newTableContent() *tableContent {
 
 // readSets reads the sets of a table and their elements.
 func (d *Dataplane) readSets(ctx context.Context, t *table) (*tableContent, error) {
+	return setsReader{d.conn, d.dump}.read(ctx, t)
+}
+
+// setsReader reads the sets of tables and their elements.
+type setsReader struct {
+	conn *nftables.Conn
+	dump *dumpConn
+}
+
+func (r setsReader) read(ctx context.Context, t *table) (*tableContent, error) {
 	c := newTableContent()
-	tables, err := d.dump.listTables(ctx, t.nf.Family)
+	tables, err := r.dump.listTables(ctx, t.nf.Family)
 	if err != nil {
 		return nil, fmt.Errorf("list the %s tables: %w", t.family, err)
 	}
@@ -198,7 +208,7 @@ func (d *Dataplane) readSets(ctx context.Context, t *table) (*tableContent, erro
 	}
 	c.table = &nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: info.flags, Owner: info.owner}
 	c.schema = info.schema
-	sets, err := d.conn.GetSets(t.nf)
+	sets, err := r.conn.GetSets(t.nf)
 	if err != nil {
 		return nil, fmt.Errorf("list the sets of table %s: %w", t, err)
 	}
@@ -219,7 +229,7 @@ func (d *Dataplane) readSets(ctx context.Context, t *table) (*tableContent, erro
 			}
 			continue
 		}
-		err := d.dump.dumpElements(ctx, read.set, func(e element, extended bool) {
+		err := r.dump.dumpElements(ctx, read.set, func(e element, extended bool) {
 			if err := read.parse(e); err != nil {
 				c.unexpected[read.set.Name] = append(c.unexpected[read.set.Name], e)
 			} else if extended {
@@ -316,7 +326,7 @@ func (c *tableContent) parseService(t *table, e element) error {
 		return err
 	}
 	r := c.frontend(f)
-	r.service, r.class, r.inServices = e.Comment, class, true
+	r.comment, r.class, r.inServices = e.Comment, class, true
 	return nil
 }
 
@@ -572,7 +582,8 @@ func (r *frontendElements) binding() dataplane.Binding {
 
 // bindingExceptEndpoints returns the binding without endpoints and session affinity.
 func (r *frontendElements) bindingExceptEndpoints() dataplane.Binding {
-	b := dataplane.Binding{Service: r.service}
+	name, _, _ := parseServiceComment(r.comment)
+	b := dataplane.Binding{Service: name}
 	b.Masquerade, b.NoEndpointsVerdict = r.class.masquerade(), r.class.noEndpointsVerdict()
 	b.ExternalTrafficPolicyLocal = r.class.has(classTrafficPolicyLocal)
 	switch {

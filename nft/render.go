@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"fairlead.io/fairlead/dataplane"
 )
@@ -25,8 +26,8 @@ func (d *Dataplane) render(s *dataplane.Service, a slotAssignment, n listID) *fr
 // their frontendElements. Elements that were read from the kernel can be inconsistent;
 // rendered elements are consistent.
 type frontendElements struct {
-	// service is the comment on the frontend's element in services.
-	service string
+	// comment is the comment on the frontend's element in services; see serviceComment.
+	comment string
 	// class is the value in services, and externalClass the value in external. inServices
 	// and inExternal report whether these maps contain the frontend.
 	class, externalClass   serviceClass
@@ -73,7 +74,7 @@ const noEndpointID = -1
 // node.
 func render(s *dataplane.Service, a slotAssignment, node dataplane.Node) *frontendElements {
 	r := &frontendElements{
-		service: serviceComment(s.Key), inServices: true, inExternal: s.ExternalTrafficPolicyLocal, timeoutClass: timeoutClassOf(s),
+		comment: serviceComment(s.Key), inServices: true, inExternal: s.ExternalTrafficPolicyLocal, timeoutClass: timeoutClassOf(s),
 		ranges: s.SourceRanges,
 	}
 	r.class, r.externalClass = classOf(s)
@@ -166,18 +167,54 @@ func frontendPrefix(f dataplane.Frontend) netip.Prefix {
 	return netip.PrefixFrom(f.Addr.Addr(), f.Addr.Addr().BitLen())
 }
 
+// belongsTo reports whether the frontend's element in services names a Service with this
+// key. Earlier versions wrote no kind.
+func (r *frontendElements) belongsTo(k dataplane.Key) bool {
+	return r.comment == serviceComment(k) || r.comment == shortenName(k.Service(), maxComment)
+}
+
 // maxComment is the length of the longest comment that `nft` prints, without the final zero
 // (libnftnl, NFTNL_UDATA_COMMENT_MAXLEN).
 const maxComment = 127
 
-// serviceComment returns the comment that names the Service. It shortens long names and
-// appends part of their SHA-256 hash, so that they stay unique.
+// serviceComment returns the comment that names the Service: its name, and the kind if the
+// tables do not show it otherwise. For example, "default/web:http LoadBalancer".
 func serviceComment(k dataplane.Key) string {
-	s := k.Service()
-	if len(s) <= maxComment {
-		return s
+	suffix := kindSuffix(k.Kind)
+	return shortenName(k.Service(), maxComment-len(suffix)) + suffix
+}
+
+// kindSuffix returns the end of a comment that contains the kind. Node ports have the
+// unspecified address, and the set cluster-ips contains all cluster IPs.
+func kindSuffix(k dataplane.Kind) string {
+	switch k {
+	case dataplane.ExternalIP:
+		return " ExternalIP"
+	case dataplane.LoadBalancer:
+		return " LoadBalancer"
+	default:
+		return ""
 	}
-	sum := sha256.Sum256([]byte(s))
+}
+
+// parseServiceComment returns the name and the kind that a comment contains. hasKind is
+// false for cluster IPs, for node ports, and for all comments of earlier versions.
+func parseServiceComment(comment string) (name string, kind dataplane.Kind, hasKind bool) {
+	for _, kind := range []dataplane.Kind{dataplane.ExternalIP, dataplane.LoadBalancer} {
+		if name, ok := strings.CutSuffix(comment, kindSuffix(kind)); ok {
+			return name, kind, true
+		}
+	}
+	return comment, 0, false
+}
+
+// shortenName shortens names of more than limit bytes and appends part of their SHA-256
+// hash, so that they stay unique.
+func shortenName(name string, limit int) string {
+	if len(name) <= limit {
+		return name
+	}
+	sum := sha256.Sum256([]byte(name))
 	suffix := "~" + hex.EncodeToString(sum[:4])
-	return s[:maxComment-len(suffix)] + suffix
+	return name[:limit-len(suffix)] + suffix
 }

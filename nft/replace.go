@@ -271,7 +271,7 @@ func (r *replaceOperation) assignListID(s *dataplane.Service) listID {
 	}
 	for _, f := range s.Frontends {
 		current := have.frontends[f]
-		if current == nil || current.listID == 0 || !current.inServices || current.service != serviceComment(s.Key) {
+		if current == nil || current.listID == 0 || !current.inServices || !current.belongsTo(s.Key) {
 			continue
 		}
 		if !r.assignedLists[familyIndex(s.Key.Family)][current.listID] {
@@ -292,7 +292,7 @@ func assignmentFromKernel(s *dataplane.Service, have map[dataplane.Frontend]*fro
 	var first *frontendElements
 	for _, f := range s.Frontends {
 		r := have[f]
-		if r != nil && r.inServices && r.service == serviceComment(s.Key) {
+		if r != nil && r.inServices && r.belongsTo(s.Key) {
 			return r.slotAssignment()
 		}
 		if first == nil {

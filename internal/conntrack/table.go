@@ -184,6 +184,9 @@ func (t *netlinkTable) deleteBatch(ctx context.Context, entries []entry) (delete
 	return deleted, failure
 }
 
+// nfHeaderLen is the size of a struct nfgenmsg.
+const nfHeaderLen = 4
+
 // nfHeader returns a struct nfgenmsg.
 func nfHeader(f dataplane.Family) []byte {
 	family := byte(unix.AF_INET)

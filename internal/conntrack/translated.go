@@ -34,16 +34,15 @@ func CountTranslated(ctx context.Context, family dataplane.Family) (count Transl
 	defer conn.Close() //nolint:errcheck // nothing was written
 	request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: nfHeader(family)}
 	_, err = conn.Dump(ctx, request, func(data []byte) error {
-		const header = 4 // struct nfgenmsg
-		if len(data) < header {
+		if len(data) < nfHeaderLen {
 			return nil
 		}
-		e, ok := parseEntry(data[header:], family)
+		e, ok := parseEntry(data[nfHeaderLen:], family)
 		switch {
 		case !ok || !e.replied || e.endpoint == e.destination:
 		case e.protocol != dataplane.TCP:
 			count.Other++
-		case tcpState(data[header:]) == tcpStateEstablished:
+		case tcpState(data[nfHeaderLen:]) == tcpStateEstablished:
 			count.TCP++
 		}
 		return nil
