@@ -64,13 +64,19 @@ type LossNotifier interface {
 	Lost() <-chan struct{}
 }
 
-// Prefetcher is implemented by a Dataplane that can read the kernel ahead of the next Replace,
-// which shortens that call.
+// Prefetcher is implemented by a Dataplane that can prepare the first Replace, which shortens that
+// call.
 type Prefetcher interface {
-	// Prefetch reads the state of the kernel. It does nothing if an earlier result is still valid
-	// or if the kernel is still changing. It writes nothing to the kernel. Prefetch must not run
-	// concurrently with any method except Drift.
-	Prefetch(ctx context.Context) error
+	// Prefetch reads the state of the kernel and compares it with the desired state. It does nothing if an earlier result is still valid or if the kernel
+	// is still changing. It writes nothing to the kernel. Prefetch must not run concurrently with
+	// any method except Drift.
+	Prefetch(ctx context.Context, desired Desired) error
+}
+
+// Desired contains the arguments of [Dataplane.Replace].
+type Desired struct {
+	Node     Node
+	Services iter.Seq[*Service]
 }
 
 // ErrConflict is wrapped by the error of a call that failed as a whole because another program

@@ -14,6 +14,11 @@ import (
 func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return d.apply("apply", changes)
+}
+
+// apply implements Apply. op is the operation for the error.
+func (d *Dataplane) apply(op string, changes []dataplane.Change) error {
 	failed := map[dataplane.Key]error{}
 	// Deletions come first: the change that deletes a shared list must come after every
 	// change that moves a frontend away from the list.
@@ -38,7 +43,7 @@ func (d *Dataplane) Apply(_ context.Context, changes []dataplane.Change) error {
 	}
 	d.removeUnusedVerdictElements()
 	if len(failed) > 0 {
-		return &dataplane.Error{Op: "apply", Failed: failed}
+		return &dataplane.Error{Op: op, Failed: failed}
 	}
 	return nil
 }

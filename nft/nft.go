@@ -92,10 +92,7 @@ type Dataplane struct {
 	// tables were read.
 	generation uint32
 	watch      *watch
-	prefetched *prefetched // nil for none
-	// lastPrefetchChanges is the watch's change count at the last Prefetch that had
-	// something to read.
-	lastPrefetchChanges uint64
+	prefetch   prefetchState
 	// pause is nil while the watch is subscribed.
 	pause *notificationPause
 

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/nettest"
 
 	"github.com/google/nftables"
@@ -210,7 +211,7 @@ func TestOwnershipHandover(t *testing.T) {
 	mustReplace(t, first, nodeWithPodCIDRs(), sampleServices(t)...)
 	second := openWithOptions(t, network.Node.Namespace, opts)
 	for range 2 { // the first call only detects the tables
-		if err := second.Prefetch(t.Context()); err != nil {
+		if err := second.Prefetch(t.Context(), dataplane.Desired{Node: nodeWithPodCIDRs(), Services: slices.Values(sampleServices(t))}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -62,7 +62,7 @@ func (d *Dataplane) submit() error {
 
 // recordCommit records the result of a commit.
 func (d *Dataplane) recordCommit(err error) error {
-	d.prefetched = nil // the watch does not count our own commits
+	d.prefetch.invalidate() // the watch does not count our own commits
 	if err == nil {
 		d.generation++
 	}

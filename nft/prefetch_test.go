@@ -2,6 +2,7 @@ package nft
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -34,9 +35,9 @@ func TestPrefetch(t *testing.T) {
 			mustApply(t, other, dataplane.Change{Old: services[1]})
 		}, false},
 		"this instance deletes a Service": {func(t *testing.T, ns *nettest.Namespace, d, other *Dataplane) {
-			kept := d.prefetched
+			kept := d.prefetch.prefetched
 			mustReplace(t, d, nodeWithPodCIDRs(), services...)
-			d.prefetched = kept
+			d.prefetch.prefetched = kept
 			mustApply(t, d, dataplane.Change{Old: services[1]})
 			runNFT(t, ns, tool, "add table ip others") // so that the watch sees the last generation
 		}, false},
@@ -52,9 +53,9 @@ func TestPrefetch(t *testing.T) {
 			other, ns := newDataplane(t)
 			d := openInNamespace(t, ns)
 			mustReplace(t, other, nodeWithPodCIDRs(), services...)
-			for d.prefetched == nil {
+			for d.prefetch.prefetched == nil {
 				awaitNotifications(t, d)
-				if err := d.Prefetch(t.Context()); err != nil {
+				if err := d.Prefetch(t.Context(), dataplane.Desired{Services: slices.Values[[]*dataplane.Service](nil)}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -62,15 +63,117 @@ func TestPrefetch(t *testing.T) {
 			if name != "this instance deletes a Service" {
 				awaitNotifications(t, d)
 			}
-			prefetched := d.prefetched
+			prefetched := d.prefetch.prefetched
 			if _, _, used := d.usePrefetched(t.Context()); used != test.used {
 				t.Errorf("prefetched content used: %t, want %t", used, test.used)
 			}
-			d.prefetched = prefetched
+			d.prefetch.prefetched = prefetched
 			mustReplace(t, d, nodeWithPodCIDRs(), services...)
 			wantState(t, d, services...)
 		})
 	}
+}
+
+// TestPrefetchPreparesReplace checks that a Replace that finds what Prefetch found writes
+// nothing but what has changed since.
+func TestPrefetchPreparesReplace(t *testing.T) {
+	t.Parallel()
+	one := service(t, "one", []dataplane.Frontend{frontend(1)}, endpoints(1, 2, 3))
+	oneScaled := service(t, "one", []dataplane.Frontend{frontend(1)}, endpoints(2, 3, 4, 5))
+	oneMoved := service(t, "one", []dataplane.Frontend{frontend(9)}, endpoints(1, 2, 3))
+	two := service(t, "two", []dataplane.Frontend{frontend(2)}, endpoints(1))
+	three := service(t, "three", []dataplane.Frontend{frontend(1)}, endpoints(1))
+	node, otherNode := nodeWithPodCIDRs(), nodeWithPodCIDRs()
+	otherNode.NodePortAddrs = append(otherNode.NodePortAddrs, netip.MustParseAddr("192.0.2.77"))
+	for name, test := range map[string]struct {
+		desired  []*dataplane.Service // of Prefetch
+		change   func(t *testing.T, ns *nettest.Namespace, other *Dataplane)
+		node     dataplane.Node
+		replace  []*dataplane.Service
+		prepared bool // after Prefetch
+		used     bool // by Replace
+	}{
+		"nothing has changed":      {[]*dataplane.Service{one, two}, nil, node, []*dataplane.Service{one, two}, true, true},
+		"other order":              {[]*dataplane.Service{one, two}, nil, node, []*dataplane.Service{two, one}, true, true},
+		"endpoints have changed":   {[]*dataplane.Service{one, two}, nil, node, []*dataplane.Service{oneScaled, two}, true, true},
+		"Service deleted":          {[]*dataplane.Service{one, two}, nil, node, []*dataplane.Service{two}, true, true},
+		"all Services deleted":     {[]*dataplane.Service{one, two}, nil, node, nil, true, true},
+		"frontend has moved":       {[]*dataplane.Service{one, two}, nil, node, []*dataplane.Service{oneMoved, two, three}, true, true},
+		"node has changed":         {[]*dataplane.Service{one, two}, nil, otherNode, []*dataplane.Service{one, two}, true, false},
+		"kernel lacks a Service":   {[]*dataplane.Service{one, two, service(t, "new", []dataplane.Frontend{frontend(3)}, endpoints(1))}, nil, node, []*dataplane.Service{one}, false, false},
+		"kernel has other content": {[]*dataplane.Service{oneScaled, two}, nil, node, []*dataplane.Service{oneScaled, two}, false, false},
+		"table of another program": {[]*dataplane.Service{one, two}, func(t *testing.T, ns *nettest.Namespace, _ *Dataplane) {
+			runNFT(t, ns, "nft", "add table ip others")
+		}, node, []*dataplane.Service{oneScaled}, true, true},
+		"other instance changes a Service": {[]*dataplane.Service{one, two}, func(t *testing.T, _ *nettest.Namespace, other *Dataplane) {
+			mustApply(t, other, dataplane.Change{Old: one, New: oneScaled})
+		}, node, []*dataplane.Service{one, two}, true, false},
+		"rule added": {[]*dataplane.Service{one, two}, func(t *testing.T, ns *nettest.Namespace, _ *Dataplane) {
+			runNFT(t, ns, "nft", "add rule ip fairlead filter-forward counter")
+		}, node, []*dataplane.Service{one, two}, true, false},
+		"table deleted": {[]*dataplane.Service{one, two}, func(t *testing.T, ns *nettest.Namespace, _ *Dataplane) {
+			runNFT(t, ns, "nft", "delete table ip fairlead")
+		}, node, []*dataplane.Service{one, two}, true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			other, ns := newDataplane(t)
+			d := openInNamespace(t, ns)
+			mustReplace(t, other, node, one, two)
+			desired := dataplane.Desired{Node: node, Services: slices.Values(test.desired)}
+			before := generationOf(t, d)
+			for range 3 { // detect the tables, read them, and compare them
+				awaitNotifications(t, d)
+				if err := d.Prefetch(t.Context(), desired); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := d.prefetch.prepared != nil; got != test.prepared {
+				t.Errorf("Replace prepared: %t, want %t", got, test.prepared)
+			}
+			if got := generationOf(t, d); got != before {
+				t.Errorf("Prefetch wrote to the kernel: generation %d, want %d", got, before)
+			}
+			if test.change != nil {
+				test.change(t, ns, other)
+				awaitNotifications(t, d)
+			}
+			prepared := d.prefetch.prepared
+			used, err := d.replacePrepared(t.Context(), test.node, slices.Clone(test.replace))
+			if used != test.used || err != nil {
+				t.Errorf("prepared Replace used: %t with error %v, want %t", used, err, test.used)
+			}
+			if used {
+				wantState(t, d, test.replace...)
+			} else {
+				d.prefetch.prepared = prepared
+			}
+			mustReplace(t, d, test.node, test.replace...)
+			wantState(t, d, test.replace...)
+			for i := range test.replace { // the caches are right
+				mustApply(t, d, dataplane.Change{Old: test.replace[i]})
+				wantState(t, d, test.replace[i+1:]...)
+			}
+			unused := d.verdictElements
+			mustReplace(t, d, test.node)
+			for i := range unused {
+				for b, n := range unused[i] {
+					if n != 0 {
+						t.Errorf("class %v has %d references without Services, want 0", b, n)
+					}
+				}
+			}
+		})
+	}
+}
+
+func generationOf(t *testing.T, d *Dataplane) uint32 {
+	t.Helper()
+	generation, err := d.currentGeneration()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return generation
 }
 
 // awaitNotifications waits until the watch has received the notifications of all changes.
@@ -98,18 +201,18 @@ func TestPrefetchWaitsForUnchangedTables(t *testing.T) {
 	prefetch := func(want bool) {
 		t.Helper()
 		awaitNotifications(t, d)
-		if err := d.Prefetch(t.Context()); err != nil {
+		if err := d.Prefetch(t.Context(), dataplane.Desired{Services: slices.Values[[]*dataplane.Service](nil)}); err != nil {
 			t.Fatal(err)
 		}
-		if got := d.prefetched != nil; got != want {
+		if got := d.prefetch.prefetched != nil; got != want {
 			t.Fatalf("tables prefetched: %t, want %t", got, want)
 		}
 	}
 	prefetch(false)
 	prefetch(true)
-	before := d.prefetched
+	before := d.prefetch.prefetched
 	prefetch(true)
-	if d.prefetched != before {
+	if d.prefetch.prefetched != before {
 		t.Error("unchanged tables were read again")
 	}
 	two := service(t, "two", []dataplane.Frontend{frontend(2)}, endpoints(2))
@@ -118,7 +221,7 @@ func TestPrefetchWaitsForUnchangedTables(t *testing.T) {
 	mustApply(t, other, dataplane.Change{Old: one})
 	prefetch(false)
 	prefetch(true)
-	if rows := d.prefetched.have[0].frontends; len(rows) != 1 || rows[frontend(2)] == nil {
+	if rows := d.prefetch.prefetched.have[0].frontends; len(rows) != 1 || rows[frontend(2)] == nil {
 		t.Errorf("prefetched %v, want the frontend of Service two", rows)
 	}
 }
@@ -196,13 +299,18 @@ func BenchmarkHandover(b *testing.B) {
 		first := open()
 		defer func() { _ = first.Close() }()
 		replace(first)
-		for _, prefetch := range []bool{false, true} {
-			b.Run(fmt.Sprintf("services=%d/prefetch=%t", n, prefetch), func(b *testing.B) {
+		other := dataplane.Desired{Services: slices.Values[[]*dataplane.Service](nil)}
+		same := dataplane.Desired{Node: nodeWithPodCIDRs(), Services: slices.Values(services)}
+		for _, mode := range []struct {
+			name    string
+			desired dataplane.Desired
+		}{{"nothing", same}, {"contents", other}, {"result", same}} {
+			b.Run(fmt.Sprintf("services=%d/prefetched=%s", n, mode.name), func(b *testing.B) {
 				var took []time.Duration
 				for b.Loop() {
 					d := open()
-					for prefetch && d.prefetched == nil {
-						if err := d.Prefetch(b.Context()); err != nil {
+					for mode.name != "nothing" && d.prefetch.prefetched == nil && d.prefetch.prepared == nil {
+						if err := d.Prefetch(b.Context(), mode.desired); err != nil {
 							b.Fatal(err)
 						}
 					}

@@ -27,10 +27,25 @@ func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services i
 			err = errors.Join(err, fmt.Errorf("replace: %w", failure))
 		}
 	}()
+	if d.prefetch.prepared != nil {
+		list := slices.Collect(services)
+		if done, err := d.replacePrepared(ctx, node, list); done {
+			if err == nil && progress != nil {
+				progress(len(list))
+			}
+			return err
+		}
+		services = slices.Values(list)
+	}
 	have, services, err := d.repair(ctx, node, services)
 	if err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
+	return d.replaceServices(ctx, have, services, progress)
+}
+
+// replaceServices makes tables whose structure is correct contain exactly these Services.
+func (d *Dataplane) replaceServices(ctx context.Context, have [2]*tableContent, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	for i, t := range d.tables {
 		for b := range have[i].verdictElements {
 			d.addReferences(i, b, 0)

@@ -154,6 +154,51 @@ func (s *Syncer) WaitSynced(ctx context.Context) error {
 	}
 }
 
+// The delays between two prefetches of Prepare: at least prefetchPeriod, and prefetchIdleRatio
+// times the last prefetch, so that prefetching uses at most one tenth of the time.
+const (
+	prefetchPeriod    = 200 * time.Millisecond
+	prefetchIdleRatio = 9
+)
+
+// Prepare processes input without programming the dataplane, until a value arrives or ctx ends.
+// If the dataplane is a [dataplane.Prefetcher], it prepares the first Replace meanwhile. Prepare
+// must return before Run is called.
+func (s *Syncer) Prepare(ctx context.Context, done <-chan struct{}) {
+	prefetcher, _ := s.tables.dp.(dataplane.Prefetcher)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	defer s.wakeRun()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-done:
+			return
+		case <-s.wake:
+			in := s.drainInbox()
+			s.tables.merge(in)
+			s.publish(in)
+			continue
+		case <-timer.C:
+		}
+		if prefetcher == nil || !s.tables.listComplete {
+			timer.Reset(prefetchPeriod)
+			continue
+		}
+		select {
+		case <-done: // do not delay the first Replace
+			return
+		default:
+		}
+		start := time.Now()
+		if err := prefetcher.Prefetch(ctx, dataplane.Desired{Node: s.tables.node, Services: s.tables.replaceOrder()}); err != nil && ctx.Err() == nil {
+			s.log.DebugContext(ctx, "reading the kernel ahead of the first commit failed", "error", err)
+		}
+		timer.Reset(max(prefetchPeriod, prefetchIdleRatio*time.Since(start)))
+	}
+}
+
 // Run programs the dataplane until ctx ends and then returns nil. It passes ctx to the dataplane,
 // so an active call ends too. The programmed state stays in place. Run returns an error only if
 // it was called before.

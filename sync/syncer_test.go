@@ -1156,3 +1156,77 @@ func TestCostProportionalToChange(t *testing.T) {
 		})
 	}
 }
+
+// prefetcher counts the calls of Prefetch and keeps the last desired state.
+type prefetcher struct {
+	dataplane.Dataplane
+	calls    atomic.Int32
+	node     dataplane.Node
+	services []dataplane.Key
+}
+
+func (p *prefetcher) Prefetch(_ context.Context, desired dataplane.Desired) error {
+	p.calls.Add(1)
+	p.node, p.services = desired.Node, nil
+	for s := range desired.Services {
+		p.services = append(p.services, s.Key)
+	}
+	return nil
+}
+
+// TestPrepare checks that Prepare prefetches with the newest complete input, that it programs
+// nothing, and that Run programs the input at once.
+func TestPrepare(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		kernel := fake.New(fake.Options{})
+		p := &prefetcher{Dataplane: kernel}
+		s := sync.New(p, sync.Options{})
+		done := make(chan struct{})
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			s.Prepare(t.Context(), done)
+		}()
+		one, two := service(1, 1), service(2, 2)
+		node := dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
+		s.SetNode(node)
+		s.Update(updates{one.Key: one})
+		time.Sleep(time.Minute)
+		if n := p.calls.Load(); n != 0 {
+			t.Errorf("%d prefetches before the initial list is complete, want 0", n)
+		}
+		s.FinishInitialList()
+		time.Sleep(time.Second)
+		s.Update(updates{two.Key: two})
+		time.Sleep(time.Second)
+		if want := []dataplane.Key{one.Key, two.Key}; !slices.Equal(p.services, want) || !p.node.Equal(node) {
+			t.Errorf("the last prefetch got the Services %v and the node %v, want %v and %v", p.services, p.node, want, node)
+		}
+		if n := p.calls.Load(); n < 5 || n > 10 {
+			t.Errorf("%d prefetches in two seconds, want 5 to 10", n)
+		}
+		if counts := kernel.Counts(); counts != (fake.Counts{}) {
+			t.Errorf("Prepare has written to the kernel: %+v", counts)
+		}
+		close(done)
+		<-ended
+		ctx, cancel := context.WithCancel(t.Context())
+		stopped := make(chan error, 1)
+		go func() { stopped <- s.Run(ctx) }()
+		if err := s.WaitSynced(t.Context()); err != nil {
+			t.Error(err)
+		}
+		state, err := kernel.Read(t.Context())
+		if err != nil {
+			t.Error(err)
+		}
+		if want := dataplane.StateOf(slices.Values([]*dataplane.Service{one, two})); !state.Equal(want) {
+			t.Error(want.Diff(state))
+		}
+		cancel()
+		if err := <-stopped; err != nil {
+			t.Error(err)
+		}
+	})
+}

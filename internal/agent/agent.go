@@ -261,7 +261,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 	})
 	group.Go(func() error {
-		a.standby.prefetch(ctx, a.dp)
+		a.pipeline.Syncer.Prepare(ctx, a.standby.activated)
 		return a.standby.whenActive(a.pipeline.Syncer.Run)(ctx)
 	})
 	group.Go(func() error {

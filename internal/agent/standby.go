@@ -7,11 +7,9 @@ import (
 	"os"
 	stdsync "sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
-	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/instance"
 )
 
@@ -89,38 +87,6 @@ func (s *standby) whenActive(run func(context.Context) error) func(context.Conte
 		case <-s.activated:
 			return run(ctx)
 		}
-	}
-}
-
-// prefetchPeriod is the minimum time between prefetches. prefetchIdleRatio is the minimum ratio
-// of idle time to prefetch time, so that prefetching uses at most one twentieth of the time.
-const (
-	prefetchPeriod    = 200 * time.Millisecond
-	prefetchIdleRatio = 19
-)
-
-// prefetch makes the dataplane read the kernel state that the other instance has programmed,
-// repeatedly until this instance is active. This shortens the first commit.
-func (s *standby) prefetch(ctx context.Context, dp dataplane.Dataplane) {
-	prefetcher, ok := dp.(dataplane.Prefetcher)
-	if !ok {
-		return
-	}
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for !s.isActive() {
-		select {
-		case <-ctx.Done():
-			return
-		case <-s.activated:
-			return
-		case <-timer.C:
-		}
-		start := time.Now()
-		if err := prefetcher.Prefetch(ctx); err != nil && ctx.Err() == nil {
-			s.log.DebugContext(ctx, "prefetching the kernel state failed", "error", err)
-		}
-		timer.Reset(max(prefetchPeriod, prefetchIdleRatio*time.Since(start)))
 	}
 }
 
