@@ -31,7 +31,7 @@ type prepared struct {
 	changes    uint64
 }
 
-// prefetchState is what Prefetch knows. At most one of its pointers is set.
+// prefetchState contains the results of Prefetch. At most one pointer is set.
 type prefetchState struct {
 	prefetched *prefetched
 	prepared   *prepared

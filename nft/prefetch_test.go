@@ -74,8 +74,7 @@ func TestPrefetch(t *testing.T) {
 	}
 }
 
-// TestPrefetchPreparesReplace checks that a Replace that finds what Prefetch found writes
-// nothing but what has changed since.
+// TestPrefetchPreparesReplace checks that a Replace after Prefetch writes only later changes.
 func TestPrefetchPreparesReplace(t *testing.T) {
 	t.Parallel()
 	one := service(t, "one", []dataplane.Frontend{frontend(1)}, endpoints(1, 2, 3))
