@@ -156,16 +156,29 @@ func TestPlacement(t *testing.T) {
 	}
 }
 
-// TestMemoryLimit checks that GOMEMLIMIT is the memory limit, if there is one.
+// TestMemoryLimit checks that GOMEMLIMIT is derived from the memory limit, if there is one.
 func TestMemoryLimit(t *testing.T) {
-	for set, want := range map[string]bool{"": true, "resources: {limits: null}": false, "resources: {limits: {memory: null}}": false} {
+	for set, want := range map[string]string{
+		"":                                         "460MiB",
+		"resources: {limits: {memory: 64Mi}}":      "57MiB",
+		"resources: {limits: {memory: 2Gi}}":       "1843MiB",
+		"resources: {limits: {memory: 500M}}":      "limits.memory",
+		"resources: {limits: {memory: 1.5Gi}}":     "limits.memory",
+		"resources: {limits: {memory: 268435456}}": "limits.memory",
+		"resources: {limits: null}":                "",
+		"resources: {limits: {memory: null}}":      "",
+	} {
 		container := convert[appsv1.DaemonSet](t, render(t, plainValues(t, set))["DaemonSet fairlead"]).Spec.Template.Spec.Containers[0]
-		i := slices.IndexFunc(container.Env, func(e corev1.EnvVar) bool { return e.Name == "GOMEMLIMIT" })
-		if (i >= 0) != want {
-			t.Errorf("%q: environment %v, want GOMEMLIMIT %v", set, container.Env, want)
+		got := ""
+		for _, e := range container.Env {
+			if e.Name == "GOMEMLIMIT" {
+				if got = e.Value; e.ValueFrom != nil {
+					got = e.ValueFrom.ResourceFieldRef.Resource
+				}
+			}
 		}
-		if i >= 0 && container.Env[i].ValueFrom.ResourceFieldRef.Resource != "limits.memory" {
-			t.Errorf("GOMEMLIMIT: %v", container.Env[i].ValueFrom)
+		if got != want {
+			t.Errorf("%q: GOMEMLIMIT is %q, want %q", set, got, want)
 		}
 	}
 }

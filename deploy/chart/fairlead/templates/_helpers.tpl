@@ -43,6 +43,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- default (include "fairlead.fullname" .) .Values.existingConfigMap }}
 {{- end }}
 
+{{- /* GOMEMLIMIT: 90 % of the memory limit, because it does not cover all memory. Empty if the limit has another unit. */ -}}
+{{- define "fairlead.goMemoryLimit" -}}
+{{- $limit := dig "limits" "memory" "" .Values.resources | toString }}
+{{- $unit := regexFind "[GM]i$" $limit }}
+{{- if and $unit (regexMatch "^[0-9]+[GM]i$" $limit) }}
+{{- $mebibytes := mul (trimSuffix $unit $limit | int64) (ternary 1024 1 (eq $unit "Gi")) }}
+{{- printf "%dMiB" (div (mul $mebibytes 9) 10) }}
+{{- end }}
+{{- end }}
+
 {{- /* The addresses of the HTTP servers. Beside kube-proxy, its ports are in use. */ -}}
 {{- define "fairlead.healthzBindAddress" -}}
 {{- default (ternary "0.0.0.0:10266" "0.0.0.0:10256" (ne .Values.serviceProxyName "")) .Values.config.healthzBindAddress }}
