@@ -3,6 +3,7 @@ package nft
 import (
 	"encoding/binary"
 	"errors"
+	"math/bits"
 	"net/netip"
 	"slices"
 
@@ -12,8 +13,9 @@ import (
 )
 
 // element is an element of a set or map. In a concatenation, each part is padded to 32
-// bits. All numbers are in network byte order, except slots, which are in host byte order
-// because the kernel's numgen expression generates them.
+// bits. Numbers are in network byte order, except slots, list IDs and endpoint IDs, which are
+// packet priorities in host byte order: the kernel's numgen expression generates slots, and
+// rules compare the major number of priorities.
 type element = nftables.SetElement
 
 func (t *table) appendFrontend(b []byte, f dataplane.Frontend) []byte {
@@ -37,7 +39,7 @@ func (t *table) encodeSlotKey(f dataplane.Frontend, l endpointList, slot uint32)
 
 // encodeEndpointID encodes an ID as a packet priority.
 func (*table) encodeEndpointID(n endpointID) []byte {
-	return append(binary.BigEndian.AppendUint16(nil, uint16(n)), endpointIDMark, endpointIDMark)
+	return binary.NativeEndian.AppendUint32(nil, n.priority())
 }
 
 func (t *table) encodeStickyKey(f dataplane.Frontend, n endpointID) []byte {
@@ -99,10 +101,14 @@ func (t *table) parseSlot(b []byte) (dataplane.Frontend, endpointList, int, erro
 }
 
 func (*table) parseID(b []byte) (endpointID, error) {
-	if len(b) != 4 || b[2] != endpointIDMark || b[3] != endpointIDMark {
+	if len(b) != 4 {
 		return 0, errUnexpectedElement
 	}
-	return endpointID(binary.BigEndian.Uint16(b)), nil
+	priority := binary.NativeEndian.Uint32(b)
+	if priority&endpointIDMask != endpointIDMajor {
+		return 0, errUnexpectedElement
+	}
+	return endpointID(bits.ReverseBytes16(uint16(priority))), nil //nolint:gosec // the minor number
 }
 
 func (t *table) parseSticky(b []byte) (dataplane.Frontend, endpointID, error) {

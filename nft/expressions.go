@@ -176,13 +176,16 @@ func matchSlotOrListID() []expr.Any {
 // matchEndpointID matches priorities that are endpoint IDs:
 // `meta priority & ffff:0 == fafa:0`.
 func matchEndpointID() []expr.Any {
-	return matchPriority([]byte{0, 0, 0xff, 0xff}, []byte{0, 0, endpointIDMark, endpointIDMark})
+	return matchPriority(binaryutil.NativeEndian.PutUint32(endpointIDMask), binaryutil.NativeEndian.PutUint32(endpointIDMajor))
 }
 
 // matchEndpointIDInList matches the endpoint IDs of one list:
 // `meta priority & ffff:100 == fafa:0`.
 func matchEndpointIDInList(l endpointList) []expr.Any {
-	return matchPriority([]byte{0, 1, 0xff, 0xff}, []byte{0, byte(l), endpointIDMark, endpointIDMark})
+	lowest := endpointID(1).priority() &^ endpointIDMajor // the bit that distinguishes the lists
+	return matchPriority(
+		binaryutil.NativeEndian.PutUint32(endpointIDMask|lowest), binaryutil.NativeEndian.PutUint32(endpointID(l).priority()),
+	)
 }
 
 func matchPriority(mask, value []byte) []expr.Any {

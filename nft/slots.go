@@ -3,6 +3,7 @@ package nft
 import (
 	"encoding/binary"
 	"hash/fnv"
+	"math/bits"
 	"net/netip"
 	"slices"
 
@@ -166,11 +167,20 @@ func isInitialOrder(slots []netip.AddrPort, want []dataplane.Endpoint) bool {
 }
 
 // endpointID identifies an endpoint in the affinity maps. IDs of the cluster list are even,
-// IDs of the local list are odd. In a packet's priority, two marker bytes follow the ID and
-// distinguish it from a class or a slot.
+// IDs of the local list are odd.
 type endpointID uint16
 
-const endpointIDMark = 0xfa
+// The major number of a packet priority that is an endpoint ID.
+const (
+	endpointIDMajor = 0xfafa_0000
+	endpointIDMask  = 0xffff_0000
+)
+
+// priority returns the packet priority for the ID. Its minor number is the ID with swapped
+// bytes, so an upgrade finds the elements of earlier builds unchanged.
+func (i endpointID) priority() uint32 {
+	return endpointIDMajor | uint32(bits.ReverseBytes16(uint16(i)))
+}
 
 func (i endpointID) endpointList() endpointList { return endpointList(i & 1) }
 
