@@ -21,15 +21,7 @@ import (
 
 func newNamespace(tb testing.TB) *nettest.Namespace {
 	tb.Helper()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() {
-		if err := ns.Close(); err != nil {
-			tb.Error(err)
-		}
-	})
+	ns := nettest.NamespaceT(tb)
 	return ns
 }
 

@@ -68,15 +68,7 @@ func runCommands(t *testing.T, ns *nettest.Namespace, commands string) (output s
 
 func newNamespace(t *testing.T) *nettest.Namespace {
 	t.Helper()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := ns.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	ns := nettest.NamespaceT(t)
 	return ns
 }
 

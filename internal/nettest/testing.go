@@ -1,6 +1,11 @@
 package nettest
 
-import "net/netip"
+import (
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+)
 
 // TB is the part of testing.TB that the test helpers need. The package does not import
 // testing, because programs import the package too.
@@ -9,11 +14,53 @@ type TB interface {
 	Cleanup(func())
 	Errorf(format string, args ...any)
 	Fatalf(format string, args ...any)
+	Skipf(format string, args ...any)
+}
+
+// kernelArchitecture returns GOARCH of the kernel. It is empty if the kernel does not report its
+// architecture, as before Linux 6.1.
+func kernelArchitecture() string {
+	data, err := os.ReadFile("/proc/sys/kernel/arch")
+	if err != nil {
+		return ""
+	}
+	name := strings.TrimSpace(string(data))
+	if goarch, differs := map[string]string{"x86_64": "amd64", "aarch64": "arm64"}[name]; differs {
+		return goarch
+	}
+	return name
+}
+
+// skipEmulated skips a test of a program that an emulator runs on a kernel of another
+// architecture. QEMU's user mode does not translate the netlink messages of netfilter.
+func skipEmulated(t TB) {
+	t.Helper()
+	if kernel := kernelArchitecture(); kernel != "" && kernel != runtime.GOARCH {
+		t.Skipf("needs a kernel for %s, this one is for %s", runtime.GOARCH, kernel)
+	}
+}
+
+// NamespaceT calls [NewNamespace] without a name. It fails the test on an error, and closes the
+// namespace when the test ends.
+func NamespaceT(t TB) *Namespace {
+	t.Helper()
+	skipEmulated(t)
+	ns, err := NewNamespace("")
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	t.Cleanup(func() {
+		if err := ns.Close(); err != nil {
+			t.Errorf("close network namespace: %v", err)
+		}
+	})
+	return ns
 }
 
 // NewT calls [New]. It fails the test on an error, and closes the network when the test ends.
 func NewT(t TB, options Options) *Network {
 	t.Helper()
+	skipEmulated(t)
 	n, err := New(options)
 	if err != nil {
 		t.Fatalf("%v", err)

@@ -21,16 +21,13 @@ const testTable = 1000
 // newConn returns a route connection in a new namespace whose interface lo is up.
 func newConn(t *testing.T) *Conn {
 	t.Helper()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
+	ns := nettest.NamespaceT(t)
 	c, err := Dial(unix.NETLINK_ROUTE, ns.Fd())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := errors.Join(c.Close(), ns.Close()); err != nil {
+		if err := c.Close(); err != nil {
 			t.Error(err)
 		}
 	})

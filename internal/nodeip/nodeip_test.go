@@ -28,11 +28,7 @@ type testHost struct {
 
 func startWatch(t *testing.T) *testHost {
 	t.Helper()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = ns.Close() })
+	ns := nettest.NamespaceT(t)
 	handle, err := netlink.NewHandleAt(netns.NsHandle(ns.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
 		t.Fatal(err)
@@ -235,11 +231,7 @@ func TestNotificationOverflow(t *testing.T) {
 	t.Parallel()
 	const n = 2000
 	release := make(chan struct{})
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ns.Close()
+	ns := nettest.NamespaceT(t)
 	handle, err := netlink.NewHandleAt(netns.NsHandle(ns.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
 		t.Fatal(err)

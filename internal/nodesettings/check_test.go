@@ -20,15 +20,7 @@ import (
 // TestCheck checks the problems for several settings of a namespace with bridges.
 func TestCheck(t *testing.T) {
 	t.Parallel()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := ns.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	ns := nettest.NamespaceT(t)
 	do := func(fn func() error) {
 		t.Helper()
 		if err := ns.Do(fn); err != nil {
@@ -120,15 +112,7 @@ func TestCheck(t *testing.T) {
 // TestWatcher checks the log messages and problems while a setting changes.
 func TestWatcher(t *testing.T) {
 	t.Parallel()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := ns.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	ns := nettest.NamespaceT(t)
 	if err := ns.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0) }); err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +121,7 @@ func TestWatcher(t *testing.T) {
 	}
 	var log bytes.Buffer
 	w := nodesettings.New(nodesettings.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
-	err = ns.Do(func() error {
+	err := ns.Do(func() error {
 		for _, step := range []struct {
 			value          string
 			warned, fixed  int

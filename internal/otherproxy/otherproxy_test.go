@@ -46,10 +46,7 @@ func mustScan(t *testing.T, ns *nettest.Namespace, s *Scanner) []Rules {
 
 func newScanner(t *testing.T) (*Scanner, *nettest.Namespace) {
 	t.Helper()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
+	ns := nettest.NamespaceT(t)
 	var s *Scanner
 	if err := ns.Do(func() (err error) {
 		s, err = NewScanner()
@@ -59,9 +56,6 @@ func newScanner(t *testing.T) (*Scanner, *nettest.Namespace) {
 	}
 	t.Cleanup(func() {
 		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-		if err := ns.Close(); err != nil {
 			t.Error(err)
 		}
 	})
