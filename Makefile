@@ -27,6 +27,8 @@ build: ## build the static binary bin/fairlead
 
 # Architectures of images and packages. Tests must run on each of them.
 ARCHITECTURES := amd64
+# Architectures on which tests run in QEMU.
+EMULATED := arm64 ppc64le s390x
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 # The time of the commit, so that two builds of a commit are equal.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
@@ -135,11 +137,35 @@ e2e: deps controlplane kube-proxy ## run end-to-end tests with a real Kubernetes
 test-monitoring: deps kube-proxy ## compare metrics and HTTP endpoints with kube-proxy's (root)
 	cd test/monitoring && go vet ./... && go test -count=1 -timeout=10m ./...
 
-# Virtual machines: Debian kernels, packages to test, timeout of go test, and QEMU accelerator.
-# ACCEL=kvm is much faster than emulation where it is available. Tests and benchmarks that
+# Programs of QEMU that run programs for other architectures without a kernel for them.
+QEMU = $(CURDIR)/.cache/qemu-user/usr/bin/qemu-$(or $(QEMU-$(1)),$(1))
+QEMU-arm64 := aarch64
+.cache/qemu-user:
+	@test/debian/fetch.sh unpack "$$(dpkg --print-architecture)" trixie $@ qemu-user
+
+# Packages that encode or decode what the kernel reads or writes, and tests to skip: long ones
+# that repeat the same code.
+ARCHPKG ?= ./nft ./ipvs ./dataplane ./kube/... ./internal/nlconn ./internal/conntrack ./internal/kmod ./internal/nodeip \
+	./internal/socketowner ./internal/instance
+ARCHSKIP := ^(TestHistoriesPassCorrectOld|TestAssignAllEndpointIDs|TestChangesCountedBeforeGeneration)$$
+
+.PHONY: test-arch
+test-arch: $(EMULATED:%=test-arch-%) ## run the tests that need no kernel on other architectures, in QEMU; EMULATED=s390x
+
+# The flags equal those of the programs for images, so that Go compiles packages only once.
+test-arch-%: FORCE | .cache/qemu-user
+	CGO_ENABLED=0 GOARCH=$* go test -trimpath -short -count=1 -timeout=10m -skip='$(ARCHSKIP)' -exec='$(call QEMU,$*)' $(ARCHPKG)
+
+# Virtual machines: architecture, Debian kernels, packages to test, timeout of go test, and QEMU
+# accelerator. ACCEL=kvm is much faster where it is available. Tests and benchmarks that
 # need a kernel with IPVS have the build tag ipvs.
-KERNEL ?= 6.1 6.12
-PKG ?= ./nft ./ipvs/... ./internal/kmod ./cmd/fairlead
+ARCH ?= amd64
+KERNELS-amd64 := 6.1 6.12
+KERNELS-arm64 := 6.12
+KERNELS-ppc64le := 6.1
+KERNELS-s390x := 6.1
+KERNEL ?= $(KERNELS-$(ARCH))
+PKG ?= ./nft $(if $(filter amd64,$(ARCH)),./ipvs/... ./internal/kmod ./cmd/fairlead)
 VMTIMEOUT ?= 30m
 ACCEL ?= tcg
 
@@ -153,10 +179,16 @@ VMSKIP-nft-6.1 := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoi
 VMRUN-nft-6.12 := ^(TestDrift|TestTableOwnership|TestOwnershipHandover|TestDumpDuringResize|TestElementStatementsRemoved)$$
 VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go | paste -sd '|'))$$
 
-VM = $(CURDIR)/bin/vm run -accel=$(ACCEL)
+# On other architectures, the behaviors whose rules contain numbers in different byte orders.
+VMRUN-arch := ^TestBehaviour$$/^(connections_reach_all_endpoints|connections_without_endpoints_are_rejected|masquerade_policies$\
+	|node_ports_answer_on_the_configured_addresses|external_traffic_policy_Local|source_ranges|session_affinity|hairpin_connections$\
+	|Services_that_share_endpoints|Service_with_many_frontends|changes_of_a_Service|changes_by_another_writer_are_drift)$$
+VMRUN-nft = $(if $(filter amd64,$(ARCH)),$(VMRUN-nft-$(1)),$(VMRUN-arch))
+
+VM = $(CURDIR)/bin/vm run -arch=$(ARCH) -accel=$(ACCEL)
 # Programs for virtual machines are static and use only instructions that QEMU emulates.
 # GOGC=400 trades memory for time, because the emulated processor is slow.
-VMGO := CGO_ENABLED=0 GOAMD64=v1 GOGC=400 GOFLAGS='$(GOFLAGS) -tags=ipvs' go
+VMGO = CGO_ENABLED=0 GOARCH=$(ARCH) GOAMD64=v1 GOGC=400 GOFLAGS='$(GOFLAGS) -tags=ipvs$(if $(filter-out amd64,$(ARCH)), -trimpath)' go
 # Arguments: kernel, packages, pattern of tests to skip, pattern of tests to run. The patterns
 # apply only to a run of all tests, that is if RUN is a single dot.
 VMTEST = $(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -exec='$(VM) -kernel=$(1)' \
@@ -165,17 +197,17 @@ VMTEST = $(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -exec='$(V
 .PHONY: vm
 vm: deps nftables
 	@go build -o bin/vm ./test/vm
-	@bin/vm fetch
+	@bin/vm fetch -arch=$(ARCH)
 
 .PHONY: test-vm
-test-vm: vm ## run tests in virtual machines with Debian's kernels; KERNEL=6.1 PKG=./nft RUN=regexp, or FULL=1
-	$(if $(filter .,$(RUN)),go test -tags=e2e -count=1 -timeout=10m ./test/vm)
+test-vm: vm ## run tests in virtual machines with Debian's kernels; ARCH=s390x KERNEL=6.1 PKG=./nft RUN=regexp, or FULL=1
+	$(if $(filter .amd64,$(RUN)$(ARCH)),go test -tags=e2e -count=1 -timeout=10m ./test/vm)
 	@$(MAKE) --no-print-directory $(if $(filter .,$(RUN)),-j2) $(KERNEL:%=test-vm-%)
 
 test-vm-%: others = $(filter-out ./nft ./cmd/fairlead,$(PKG))
 test-vm-%: FORCE
 	$(if $(others),$(call VMTEST,$*,$(others)))
-	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,./nft,$(VMSKIP-nft-$*),$(if $(FULL),,$(VMRUN-nft-$*))))
+	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,./nft,$(VMSKIP-nft-$*),$(if $(FULL),,$(call VMRUN-nft,$*))))
 	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,,$(VMRUN-cmd)))
 
 FORCE:

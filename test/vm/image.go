@@ -22,21 +22,7 @@ import (
 //go:embed init.sh
 var initScript string
 
-// kernels returns the supported kernel versions and the Debian release of each.
-func kernels() map[string]string {
-	return map[string]string{"6.1": "bookworm", "6.12": "trixie"}
-}
-
-// busyboxSuite is the Debian release of busybox.
-const busyboxSuite = "trixie"
-
-// architecture is the Debian architecture that QEMU emulates.
-const architecture = "amd64"
-
-const (
-	kernelPackage  = "linux-image-cloud-amd64" // depends on the package of the current kernel
-	busyboxPackage = "busybox-static"
-)
+const busyboxPackage = "busybox-static"
 
 // guestPrograms returns the programs of this machine that tests, the demo and people use in
 // the virtual machine. Missing programs are ignored.
@@ -53,33 +39,45 @@ const iptablesPlugins = "/usr/lib/*/xtables"
 
 // cache is the directory of downloaded files and of files made from them.
 type cache struct {
-	dir string // .cache/vm
+	dir      string // .cache/vm
+	platform platform
+}
+
+// name returns the name of a directory for the platform. It contains a digest of the inputs,
+// so changed inputs lead to a new directory.
+func (c cache) name(kind string, inputs ...string) string {
+	if c.platform.debian != "amd64" {
+		kind += "-" + c.platform.debian
+	}
+	return filepath.Join(c.dir, kind+"-"+digest(inputs...))
 }
 
 // kernel returns the paths of a kernel image and of the cpio archive of its modules. It
 // downloads them if necessary.
 func (c cache) kernel(ctx context.Context, version string) (image, modules string, err error) {
-	suite := kernels()[version]
-	// The name contains a digest of the inputs, so changed inputs lead to a new directory.
-	dir := filepath.Join(c.dir, fmt.Sprintf("linux-%s-%s", version, digest(kernelPackage, moduleRules, suite)))
+	p := c.platform
+	suite := p.kernels[version]
+	rules := strings.TrimSpace(moduleRules + " " + p.modules)
+	dir := c.name("linux-"+version, p.kernelPackage, rules, suite)
 	image, modules = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "modules.cpio")
 	return image, modules, c.ensure(dir, func(work string) error {
 		root := filepath.Join(work, "root")
-		if err := debian.Unpack(ctx, architecture, suite, root, kernelPackage+"/"); err != nil {
+		if err := debian.Unpack(ctx, p.debian, suite, root, p.kernelPackage+"/"); err != nil {
 			return err
 		}
-		images, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*"))
+		// vmlinuz on most architectures, vmlinux on ppc64le.
+		images, err := filepath.Glob(filepath.Join(root, "boot", "vmlinu[xz]-*"))
 		if err != nil || len(images) != 1 {
 			return fmt.Errorf("want one kernel in the package, got %q (%w)", images, err)
 		}
-		release := strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-")
+		release := filepath.Base(images[0])[len("vmlinuz-"):]
 		if !strings.HasPrefix(release, version+".") {
 			return fmt.Errorf("want Linux %s, but Debian %s has %s", version, suite, release)
 		}
 		if err := os.Rename(images[0], filepath.Join(work, "vmlinuz")); err != nil {
 			return err
 		}
-		if err := packModules(ctx, root, release, filepath.Join(work, "modules.cpio")); err != nil {
+		if err := packModules(ctx, root, release, rules, filepath.Join(work, "modules.cpio")); err != nil {
 			return err
 		}
 		return os.RemoveAll(root)
@@ -88,10 +86,11 @@ func (c cache) kernel(ctx context.Context, version string) (image, modules strin
 
 // busybox returns the path of a statically linked busybox. It downloads it if necessary.
 func (c cache) busybox(ctx context.Context) (string, error) {
-	dir := filepath.Join(c.dir, "busybox-"+digest(busyboxPackage, busyboxSuite))
+	suite := c.platform.suite
+	dir := c.name("busybox", busyboxPackage, suite)
 	err := c.ensure(dir, func(work string) error {
 		root := filepath.Join(work, "root")
-		if err := debian.Unpack(ctx, architecture, busyboxSuite, root, busyboxPackage); err != nil {
+		if err := debian.Unpack(ctx, c.platform.debian, suite, root, busyboxPackage); err != nil {
 			return err
 		}
 		for _, at := range []string{"usr/bin/busybox", "bin/busybox"} {
@@ -102,6 +101,36 @@ func (c cache) busybox(ctx context.Context) (string, error) {
 		return errors.New("the package has no busybox")
 	})
 	return filepath.Join(dir, "busybox"), err
+}
+
+// programs returns a directory with the files of foreignPackages. It downloads them if
+// necessary.
+func (c cache) programs(ctx context.Context) (string, error) {
+	packages := foreignPackages()
+	dir := c.name("programs", append([]string{c.platform.suite}, packages...)...)
+	return dir, c.ensure(dir, func(work string) error {
+		root := filepath.Join(work, "root")
+		if err := debian.Unpack(ctx, c.platform.debian, c.platform.suite, root, packages...); err != nil {
+			return err
+		}
+		for _, unused := range []string{"usr/share", "usr/lib/*/gconv", "lib/*/gconv"} {
+			found, err := filepath.Glob(filepath.Join(root, unused))
+			if err != nil {
+				return err
+			}
+			for _, f := range found {
+				if err := os.RemoveAll(f); err != nil {
+					return err
+				}
+			}
+		}
+		for _, top := range []string{"usr", "lib", "lib64"} {
+			if err := os.Rename(filepath.Join(root, top), filepath.Join(work, top)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+		return os.RemoveAll(root)
+	})
 }
 
 // ensure creates dir with the files that fill writes, unless it exists. It keeps older
@@ -146,10 +175,10 @@ func digest(texts ...string) string {
 const moduleRules = "kernel/net kernel/lib kernel/crypto kernel/arch kernel/drivers/net -kernel/drivers/net/ethernet " +
 	"-kernel/drivers/net/wireless -kernel/drivers/net/xen-netback -kernel/drivers/net/wwan v2"
 
-// includeModule reports whether moduleRules select the module at path.
-func includeModule(path string) bool {
+// includeModule reports whether rules select the module at path.
+func includeModule(rules, path string) bool {
 	include := false
-	for rule := range strings.FieldsSeq(moduleRules) {
+	for rule := range strings.FieldsSeq(rules) {
 		dir, exclude := strings.CutPrefix(rule, "-")
 		if strings.HasPrefix(path, dir+"/") {
 			include = !exclude
@@ -158,9 +187,9 @@ func includeModule(path string) bool {
 	return include
 }
 
-// packModules writes the selected modules below root into an archive, with the indexes that
+// packModules writes the modules below root that the rules select into an archive, with the indexes that
 // modprobe uses.
-func packModules(ctx context.Context, root, release, into string) error {
+func packModules(ctx context.Context, root, release, rules, into string) error {
 	// Debian 12 has modules in /lib, Debian 13 in /usr/lib; depmod reads /lib.
 	folder := filepath.Join(root, "lib/modules", release)
 	if _, err := os.Stat(folder); errors.Is(err, fs.ErrNotExist) {
@@ -173,7 +202,7 @@ func packModules(ctx context.Context, root, release, into string) error {
 			return err
 		}
 		rel, err := filepath.Rel(folder, at)
-		if err != nil || includeModule(rel) {
+		if err != nil || includeModule(rules, rel) {
 			return err
 		}
 		return os.Remove(at)
@@ -209,9 +238,9 @@ func lookPath(name string) (string, error) {
 	return "", fmt.Errorf("program %s not found", name)
 }
 
-// addBase adds the common part of every virtual machine: busybox, the init script, programs
-// of this machine, and the files in /etc that they read.
-func addBase(ctx context.Context, a *archive, busybox string) error {
+// addBase adds the common part of every virtual machine: busybox, the init script, and the
+// files in /etc that programs read.
+func addBase(a *archive, busybox string) error {
 	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} {
 		if err := a.addSymlink("/"+dir, "usr/"+dir); err != nil {
 			return err
@@ -241,6 +270,11 @@ func addBase(ctx context.Context, a *archive, busybox string) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// addHostPrograms adds programs of this machine.
+func addHostPrograms(ctx context.Context, a *archive) error {
 	for _, name := range guestPrograms() {
 		at, err := lookPath(name)
 		if err != nil {

@@ -2,9 +2,11 @@
 # The first process of the virtual machine. It makes the machine look like a freshly booted
 # host, runs /vm/run, reports the exit status and powers off.
 #
-#	ttyS0    kernel console, and messages of this script
-#	ttyS1    terminal, or output and errors of /vm/run
-#	ttyS2    for the program vm: "started", then "exit STATUS"
+#	the kernel console, for messages of this script
+#	$OUTPUT: terminal, or output and errors of /vm/run
+#	$STATUS: for the program vm: "started", then "exit STATUS"
+#
+# /vm/settings sets the variables.
 export PATH=/usr/bin:/usr/sbin
 /usr/bin/busybox --install -s
 mount -t proc -o nosuid,nodev,noexec proc /proc
@@ -31,18 +33,24 @@ ulimit -n 524288
 dmesg -n 5
 
 . /vm/settings
+if [ -n "$DRIVERS" ]; then
+	modprobe -a $DRIVERS
+	# Devices appear some time later.
+	until [ -c "$OUTPUT" ] && [ -c "$STATUS" ]; do usleep 10000; done
+fi
 [ "$MODPROBE" = yes ] || rm -f /usr/sbin/modprobe
-unset MODPROBE
-echo started >/dev/ttyS2
+output=$OUTPUT status=$STATUS
+unset MODPROBE DRIVERS OUTPUT STATUS
+echo started >"$status"
 # Do not use busybox's shell: it prefers its own ip and modprobe to the programs in PATH.
 if [ "$TERMINAL" = yes ]; then
 	unset TERMINAL
-	stty -F /dev/ttyS1 sane
-	setsid -c /usr/bin/sh /vm/run <>/dev/ttyS1 >&0 2>&1
+	stty -F "$output" sane
+	setsid -c /usr/bin/sh /vm/run <>"$output" >&0 2>&1
 else
 	unset TERMINAL
-	stty -F /dev/ttyS1 raw -echo
-	/usr/bin/sh /vm/run </dev/null >/dev/ttyS1 2>&1
+	stty -F "$output" raw -echo
+	/usr/bin/sh /vm/run </dev/null >"$output" 2>&1
 fi
-echo "exit $?" >/dev/ttyS2
+echo "exit $?" >"$status"
 poweroff -f

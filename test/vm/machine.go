@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,6 +19,7 @@ import (
 
 // machine is a virtual machine that runs one command.
 type machine struct {
+	Platform  platform
 	Kernel    string   // path of the kernel image
 	Initrd    *os.File // initial file system; the file may have no name
 	Accel     string   // tcg or kvm
@@ -54,11 +56,7 @@ func (f *failure) Unwrap() error { return f.err }
 // arguments returns the arguments of QEMU. It passes pipes and the initrd as file
 // descriptors.
 func (m *machine) arguments() []string {
-	// QEMU 7.2 sometimes corrupts the flags register when it emulates cmpxchg16b: one of six
-	// boots of Linux 6.12 ended with a double fault or similar. Without the instruction, Linux
-	// uses a lock instead.
-	cpu := "max,cx16=off"
-	accel := "tcg"
+	cpu, accel := m.Platform.cpu, "tcg"
 	if m.Accel == "kvm" {
 		cpu, accel = "host", "kvm"
 	}
@@ -70,21 +68,19 @@ func (m *machine) arguments() []string {
 	// -no-reboot turns that into an exit. mitigations=off saves time under emulation; only
 	// trusted code runs here. The kernel ignores fairlead.vm. It marks the machine for programs
 	// that do things such as setting the clock only here.
-	kernel := "fairlead.vm=1 console=ttyS0 oops=panic panic=-1 random.trust_cpu=on mitigations=off nowatchdog"
-	if m.Append != "" {
-		kernel += " " + m.Append
-	}
+	kernel := strings.Join(slices.DeleteFunc([]string{
+		"fairlead.vm=1", "console=" + m.Platform.console, "oops=panic", "panic=-1", "mitigations=off", "nowatchdog", m.Platform.parameter, m.Append,
+	}, func(s string) bool { return s == "" }), " ")
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "pc", "-accel", accel, "-cpu", cpu,
+		"-machine", m.Platform.machine, "-accel", accel, "-cpu", cpu,
 		"-smp", strconv.Itoa(m.CPUs), "-m", strconv.Itoa(m.MemoryMiB),
 		"-kernel", m.Kernel, "-initrd", "/dev/fd/3", "-append", kernel,
-		// Serial ports, because Debian's kernels have their driver built in. The driver of
-		// virtio consoles is a module, and tests may load modules themselves.
-		"-chardev", "file,id=console,path=/dev/fd/4", "-serial", "chardev:console",
-		"-chardev", output, "-serial", "chardev:output",
-		"-chardev", "file,id=status,path=/dev/fd/5", "-serial", "chardev:status",
+		"-chardev", "file,id=console,path=/dev/fd/4",
+		"-chardev", output,
+		"-chardev", "file,id=status,path=/dev/fd/5",
 	}
+	args = append(args, m.Platform.devices...)
 	if m.OwnClock {
 		// One nanosecond per instruction; idle time is skipped.
 		args = append(args, "-icount", "shift=0,sleep=off")
@@ -98,9 +94,9 @@ func (m *machine) arguments() []string {
 // run boots the machine and returns the exit status of its command. If the machine ends
 // otherwise, the error is a *failure, except when ctx is done, which also ends the machine.
 func (m *machine) run(ctx context.Context) (status int, err error) {
-	qemu, err := exec.LookPath("qemu-system-x86_64")
+	qemu, err := exec.LookPath(m.Platform.qemu)
 	if err != nil {
-		return 0, fmt.Errorf("%w: install qemu-system-x86 (make deps)", err)
+		return 0, fmt.Errorf("%w: install QEMU for %s (make deps)", err, m.Platform.debian)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -1,9 +1,9 @@
 // Program vm runs a command as root in a virtual machine with one of Debian's kernels: a test
 // binary, the demo or a shell.
 //
-//	vm run [-kernel=6.12] [flags] PROGRAM [ARGUMENT]...
-//	vm shell [-kernel=6.12] [flags] [PROGRAM [ARGUMENT]...]
-//	vm fetch
+//	vm run [-arch=amd64] [-kernel=6.12] [flags] PROGRAM [ARGUMENT]...
+//	vm shell [-arch=amd64] [-kernel=6.12] [flags] [PROGRAM [ARGUMENT]...]
+//	vm fetch [-arch=amd64]
 //
 // It is designed for the go command, which then reports test results as usual (see `make
 // test-vm`):
@@ -20,6 +20,9 @@
 // GODEBUG, GOGC, GOMAXPROCS, GOMEMLIMIT, GOTRACEBACK, variables that begin with FAIRLEAD_,
 // and the variables that -env names.
 //
+// If -arch is not the architecture of this machine, PROGRAM must be static, and the only programs
+// in the virtual machine are busybox and nft.
+//
 // A shell needs a terminal. With a PROGRAM, the program runs in the background of the shell.
 //
 // If the kernel panics or has an oops, runs into the time limit, or does not boot, vm prints
@@ -30,7 +33,7 @@
 //
 // # The virtual machine
 //
-// The kernels are Debian's linux-image-cloud-amd64. apt downloads them and checks their
+// The kernels are Debian's, on amd64 and arm64 those for cloud machines. apt downloads them and checks their
 // signatures; vm unpacks them into .cache/vm and installs nothing. QEMU emulates the
 // processor, which works everywhere but is 10 to 20 times slower than this machine.
 // -accel=kvm is much faster where it is available. There is one processor: with two, Linux
@@ -64,11 +67,11 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -97,6 +100,7 @@ func main() {
 
 // options holds the values of the flags and the command.
 type options struct {
+	arch       string
 	kernel     string
 	accel      string
 	clock      string
@@ -134,18 +138,22 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) (stat
 	if err != nil {
 		return 0, err
 	}
-	c := cache{dir: filepath.Join(root, ".cache", "vm")}
+	p := platforms()[o.arch]
+	c := cache{dir: filepath.Join(root, ".cache", "vm"), platform: p}
 	// All checkouts that share the cache must use the same lock.
 	if target, err := filepath.EvalSymlinks(filepath.Dir(c.dir)); err == nil {
 		c.dir = filepath.Join(target, "vm")
 	}
 	if args[0] == "fetch" {
-		for _, k := range slices.Sorted(maps.Keys(kernels())) {
+		for _, k := range p.versions() {
 			if _, _, err := c.kernel(ctx, k); err != nil {
 				return 0, err
 			}
 		}
-		_, err := c.busybox(ctx)
+		if _, err := c.busybox(ctx); err != nil || !foreign(o.arch) {
+			return 0, err
+		}
+		_, err := c.programs(ctx)
 		return 0, err
 	}
 	kernel, modules, err := c.kernel(ctx, o.kernel)
@@ -158,7 +166,8 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) (stat
 	}
 	defer initrd.Close() //nolint:errcheck // it has no name
 	m := &machine{
-		Kernel: kernel, Initrd: initrd, Accel: o.accel, OwnClock: o.clock == clockOwn, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.kernelArgs,
+		Platform: p,
+		Kernel:   kernel, Initrd: initrd, Accel: o.accel, OwnClock: o.clock == clockOwn, CPUs: o.cpus, MemoryMiB: o.memory, Append: o.kernelArgs,
 		Limit: o.limit, BootLimit: o.bootLimit, Terminal: o.shell, Output: stdout, Errors: stderr,
 	}
 	if o.log != "" {
@@ -182,10 +191,10 @@ func parseArgs(args []string, stderr io.Writer) (*options, error) {
 	}
 	o := &options{}
 	var names, files string
-	versions := slices.Sorted(maps.Keys(kernels()))
 	flags := flag.NewFlagSet("vm "+args[0], flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.StringVar(&o.kernel, "kernel", "6.12", "kernel version: "+strings.Join(versions, ", "))
+	flags.StringVar(&o.arch, "arch", "amd64", "architecture to emulate: "+strings.Join(architectures(), ", "))
+	flags.StringVar(&o.kernel, "kernel", "", "kernel version: 6.1 or 6.12, whose support depends on -arch (default the newest)")
 	flags.StringVar(&o.accel, "accel", "tcg", "QEMU accelerator: tcg emulates the processor; kvm is faster where it is available")
 	flags.StringVar(&o.clock, "clock", "", "clock: own counts instructions, host uses this machine's (default own for vm run with one emulated processor, otherwise host)")
 	flags.IntVar(&o.cpus, "cpus", 1, "number of processors; with more than one emulated processor, Linux 6.12 sometimes crashes")
@@ -200,8 +209,18 @@ func parseArgs(args []string, stderr io.Writer) (*options, error) {
 	if err := flags.Parse(args[1:]); err != nil {
 		return nil, err
 	}
+	if !slices.Contains(architectures(), o.arch) {
+		return nil, fmt.Errorf("-arch=%s: want one of %s", o.arch, strings.Join(architectures(), ", "))
+	}
+	versions := platforms()[o.arch].versions()
+	if o.kernel == "" {
+		o.kernel = versions[len(versions)-1] // 6.1 sorts before 6.12
+	}
 	if !slices.Contains(versions, o.kernel) {
 		return nil, fmt.Errorf("-kernel=%s: want one of %s", o.kernel, strings.Join(versions, ", "))
+	}
+	if o.accel == "kvm" && foreign(o.arch) {
+		return nil, fmt.Errorf("-accel=kvm: want -arch=%s, the architecture of this machine", runtime.GOARCH)
 	}
 	if o.accel != "tcg" && o.accel != "kvm" {
 		return nil, fmt.Errorf("-accel=%s: want tcg or kvm", o.accel)
@@ -272,6 +291,12 @@ func (o *options) initrd(ctx context.Context, c cache, root, modules string) (*o
 	if err != nil {
 		return nil, err
 	}
+	var programs string
+	if foreign(o.arch) {
+		if programs, err = c.programs(ctx); err != nil {
+			return nil, err
+		}
+	}
 	f, err := os.CreateTemp(c.dir, "initrd-")
 	if err != nil {
 		return nil, err
@@ -279,15 +304,23 @@ func (o *options) initrd(ctx context.Context, c cache, root, modules string) (*o
 	if err := os.Remove(f.Name()); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	if err := o.writeInitrd(ctx, f, busybox, root, modules); err != nil {
+	if err := o.writeInitrd(ctx, f, busybox, programs, root, modules); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
 }
 
-func (o *options) writeInitrd(ctx context.Context, f *os.File, busybox, root, modules string) error {
+func (o *options) writeInitrd(ctx context.Context, f *os.File, busybox, programs, root, modules string) (err error) {
 	a := newArchive(f)
-	if err := addBase(ctx, a, busybox); err != nil {
+	if err := addBase(a, busybox); err != nil {
+		return err
+	}
+	if foreign(o.arch) {
+		err = a.addTree("/", programs, nil)
+	} else {
+		err = addHostPrograms(ctx, a)
+	}
+	if err != nil {
 		return err
 	}
 	if err := addCheckout(a, root); err != nil {
@@ -375,7 +408,9 @@ func shellQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''
 // initSettings returns the settings that init.sh reads.
 func (o *options) initSettings() string {
 	yes := map[bool]string{true: "yes", false: "no"}
-	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\n", yes[o.shell], yes[o.modprobe])
+	p := platforms()[o.arch]
+	return fmt.Sprintf("TERMINAL=%s\nMODPROBE=%s\nDRIVERS='%s'\nOUTPUT=/dev/%s\nSTATUS=/dev/%s\n",
+		yes[o.shell], yes[o.modprobe], p.loadAtBoot, p.output, p.status)
 }
 
 // terminalSize returns the height and width of this process's terminal.

@@ -45,6 +45,10 @@ func TestParseArgs(t *testing.T) {
 				command: []string{"true"},
 			},
 		},
+		"other architecture": {
+			args: []string{"run", "-arch=s390x", "true"},
+			want: options{arch: "s390x", kernel: "6.1", limit: 30 * time.Minute, modprobe: true, command: []string{"true"}},
+		},
 		"shell": {
 			args: []string{"shell"},
 			want: options{kernel: "6.12", clock: clockHost, limit: 365 * 24 * time.Hour, modprobe: true, shell: true, command: []string{}},
@@ -56,6 +60,9 @@ func TestParseArgs(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if test.want.arch == "" {
+				test.want.arch = "amd64"
+			}
 			test.want.cpus, test.want.memory, test.want.bootLimit = 1, 3072, 3*time.Minute
 			if test.want.clock == "" {
 				test.want.clock = clockOwn
@@ -84,6 +91,9 @@ func TestParseArgsErrors(t *testing.T) {
 		"unknown command":             {[]string{"walk"}, "usage: vm run"},
 		"no program":                  {[]string{"run", "-kernel=6.1"}, "usage: vm run"},
 		"unknown kernel":              {[]string{"run", "-kernel=5.10", "true"}, "-kernel=5.10: want one of 6.1, 6.12"},
+		"unknown architecture":        {[]string{"run", "-arch=vax", "true"}, "-arch=vax: want one of amd64, arm64, ppc64le, s390x"},
+		"kernel of another release":   {[]string{"run", "-arch=s390x", "-kernel=6.12", "true"}, "-kernel=6.12: want one of 6.1"},
+		"other processor":             {[]string{"run", "-arch=s390x", "-accel=kvm", "true"}, "-accel=kvm: want -arch=amd64"},
 		"unknown accelerator":         {[]string{"run", "-accel=xen", "true"}, "-accel=xen: want tcg or kvm"},
 		"unknown clock":               {[]string{"run", "-clock=sun", "true"}, "-clock=sun: want own or host"},
 		"own clock without emulation": {[]string{"run", "-clock=own", "-accel=kvm", "true"}, "-clock=own: want -accel=tcg"},
@@ -152,7 +162,7 @@ func TestIncludeModule(t *testing.T) {
 		"kernel/fs/xfs/xfs.ko":                       false,
 		"kernel/network/x.ko":                        false,
 	} {
-		if got := includeModule(path); got != want {
+		if got := includeModule(moduleRules, path); got != want {
 			t.Errorf("%s: %t, want %t", path, got, want)
 		}
 	}
