@@ -39,15 +39,20 @@ func Count(ctx context.Context, netns int) (int, error) {
 		return 0, explain(err)
 	}
 	defer conn.Close() //nolint:errcheck // nothing was written
-	data, err := conn.Get(ctx, netlink.Message{Header: netlink.Header{Type: msgGetStats}, Data: nfHeader(dataplane.IPv4)})
+	// The kernel marks the answer as a part of several messages, but sends no end
+	// (nf_conntrack_netlink.c, ctnetlink_stat_ct_fill_info). The acknowledgement is the end.
+	request := netlink.Message{Header: netlink.Header{Type: msgGetStats, Flags: netlink.Acknowledge}, Data: nfHeader(dataplane.IPv4)}
+	entries := 0
+	_, err = conn.Dump(ctx, request, func(data []byte) error {
+		if value, ok := nlconn.Attribute(data[min(len(data), nfHeaderLen):], ctaStatsGlobalEntries); ok && len(value) == 4 {
+			entries = int(binary.BigEndian.Uint32(value))
+		}
+		return nil
+	})
 	if err != nil {
 		return 0, fmt.Errorf("count the connection-tracking entries: %w", explain(err))
 	}
-	value, _ := nlconn.Attribute(data[min(len(data), nfHeaderLen):], ctaStatsGlobalEntries)
-	if len(value) != 4 {
-		return 0, nil
-	}
-	return int(binary.BigEndian.Uint32(value)), nil
+	return entries, nil
 }
 
 // VisitConnections calls visit for each translated connection of both families in a network

@@ -2,10 +2,14 @@ package inspect
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 )
+
+// ErrNotProgrammed is wrapped by every [*NotProgrammedError].
+var ErrNotProgrammed = errors.New("not programmed")
 
 // NotProgrammedError reports that the requested mode, or no mode, is programmed.
 type NotProgrammedError struct {
@@ -29,6 +33,9 @@ func (e *NotProgrammedError) Error() string {
 	}
 }
 
+// Unwrap returns [ErrNotProgrammed].
+func (*NotProgrammedError) Unwrap() error { return ErrNotProgrammed }
+
 // execExample is the way to run a command in a cluster.
 const execExample = "kubectl -n kube-system exec ds/fairlead -- /fairlead get services"
 
@@ -44,22 +51,48 @@ func (*PermissionError) Error() string {
 // Unwrap returns the kernel's error.
 func (e *PermissionError) Unwrap() error { return e.err }
 
-// NotFoundError reports that no object has a name.
+// NotFoundError reports that the kernel holds no Service with a name.
 type NotFoundError struct {
-	// Resource is the kind of the object in the plural, such as "services". Name is the
-	// requested name.
-	Resource, Name string
-	// Nearest is an existing name that is similar, or empty.
+	// Namespace is empty if all namespaces were searched. Name can contain a port.
+	Namespace, Name string
+	// Nearest is the name of a Service that is similar, or empty.
 	Nearest string
 }
 
-// Error names the object and the most similar one.
+// Error names the Service and the most similar one.
 func (e *NotFoundError) Error() string {
-	text := fmt.Sprintf("%s %q not found", e.Resource, e.Name)
+	text := fmt.Sprintf("Service %q not found in the kernel", e.Name)
+	if e.Namespace != "" {
+		text = fmt.Sprintf("Service %q not found in namespace %q in the kernel", e.Name, e.Namespace)
+	}
 	if e.Nearest != "" {
 		text += fmt.Sprintf(": did you mean %q?", e.Nearest)
 	}
 	return text
+}
+
+// NotFound returns an error that suggests the most similar Service. namespace is empty for all
+// namespaces, and port is the name of a port or empty.
+func (k *Kernel) NotFound(namespace, name, port string) *NotFoundError {
+	e := &NotFoundError{Namespace: namespace, Name: name}
+	if port != "" {
+		e.Name += ":" + port
+	}
+	var here, elsewhere []string
+	for i := range k.Frontends {
+		in, service, servicePort := k.Frontends[i].Service()
+		if port != "" && servicePort != "" {
+			service += ":" + servicePort
+		}
+		if in == namespace {
+			here = append(here, service)
+		}
+		elsewhere = append(elsewhere, in+"/"+service)
+	}
+	if e.Nearest = Nearest(e.Name, here); e.Nearest == "" {
+		e.Nearest = Nearest(e.Name, elsewhere)
+	}
+	return e
 }
 
 // Nearest returns the name that is most similar to an unknown one, or an empty string if none is
@@ -89,23 +122,27 @@ func Nearest(unknown string, names []string) string {
 	}).name
 }
 
-// editDistance returns the number of bytes to insert, delete or replace to turn a into b.
+// editDistance returns the number of bytes to insert, delete or replace, and of neighbors to
+// exchange, to turn a into b.
 func editDistance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
+	before, last := make([]int, len(b)+1), make([]int, len(b)+1)
+	for j := range last {
+		last[j] = j
 	}
 	for i := range len(a) {
-		diagonal := row[0]
+		row := make([]int, len(b)+1)
 		row[0] = i + 1
 		for j := range len(b) {
-			replaced := diagonal
+			replaced := last[j]
 			if a[i] != b[j] {
 				replaced++
 			}
-			diagonal = row[j+1]
-			row[j+1] = min(replaced, row[j+1]+1, row[j]+1)
+			row[j+1] = min(replaced, last[j+1]+1, row[j]+1)
+			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
+				row[j+1] = min(row[j+1], before[j-1]+1)
+			}
 		}
+		before, last = last, row
 	}
-	return row[len(b)]
+	return last[len(b)]
 }

@@ -269,7 +269,7 @@ func (k *Kernel) countConnections(ctx context.Context, opts Options) (map[datapl
 	counts := map[dataplane.Frontend]map[netip.AddrPort]int{}
 	err := conntrack.VisitConnections(ctx, opts.NetNS, func(c conntrack.Connection) {
 		f := dataplane.Frontend{Protocol: c.Protocol, Addr: c.Destination}
-		if k.isNodePortAddr(c.Destination.Addr()) {
+		if k.IsNodePortAddr(c.Destination.Addr()) {
 			f.Addr = netip.AddrPortFrom(unspecified(c.Destination.Addr()), c.Destination.Port())
 		}
 		if counts[f] == nil {
@@ -284,7 +284,8 @@ func (k *Kernel) countConnections(ctx context.Context, opts Options) (map[datapl
 	return counts, nil
 }
 
-func (k *Kernel) isNodePortAddr(a netip.Addr) bool {
+// IsNodePortAddr reports whether an address accepts connections to node ports.
+func (k *Kernel) IsNodePortAddr(a netip.Addr) bool {
 	return slices.ContainsFunc(k.NodePortRanges, func(r nft.AddrRange) bool { return r.Contains(a) })
 }
 
