@@ -3,6 +3,7 @@ package nlconn
 import (
 	"encoding/binary"
 	"errors"
+	"iter"
 	"syscall"
 
 	"github.com/mdlayher/netlink"
@@ -86,6 +87,20 @@ type message struct {
 	typ, flags uint16
 	sequence   uint32
 	data       []byte
+}
+
+// Messages yields the data of the messages in a datagram that [Conn] has not received, such as a
+// notification, up to the first truncated one. The data share memory with the datagram.
+func Messages(datagram []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		for len(datagram) > 0 {
+			m, rest, err := nextMessage(datagram)
+			if err != nil || !yield(m.data) {
+				return
+			}
+			datagram = rest
+		}
+	}
 }
 
 // nextMessage splits off the first message of a datagram.
