@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -17,15 +16,6 @@ import (
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/nlconn"
 )
-
-// Connection is an entry of the connection-tracking table: a TCP connection, or a flow of
-// another protocol.
-type Connection struct {
-	Protocol dataplane.Protocol
-	// Destination is the address that the client connects to. Endpoint is the source of the
-	// replies. They are equal if the connection is not translated.
-	Destination, Endpoint netip.AddrPort
-}
 
 // EventsOptions configure [OpenEvents].
 type EventsOptions struct {
@@ -98,8 +88,8 @@ func (e *Events) Close() error {
 	return nil
 }
 
-// Receive calls visit with each new connection of the default zone until ctx is done. It must not be
-// called concurrently.
+// Receive calls visit with each new translated connection until ctx is done. It must not be called
+// concurrently.
 func (e *Events) Receive(ctx context.Context, visit func(Connection)) error {
 	stop := context.AfterFunc(ctx, func() { _ = e.conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -184,50 +174,18 @@ func translatedFilter() []bpf.RawInstruction {
 	return program
 }
 
-// visitConnections calls visit with the entries in a datagram of the kernel.
+// visitConnections calls visit with the translated connections in a datagram of the kernel.
 func visitConnections(datagram []byte, visit func(Connection)) {
 	for data := range nlconn.Messages(datagram) {
-		const header = 4 // struct nfgenmsg
-		if len(data) < header {
+		if len(data) < nfHeaderLen {
 			continue
 		}
-		if e, ok := parseEntry(data[header:], addressFamily(data[0])); ok {
-			visit(e.connection())
+		family := dataplane.IPv4
+		if data[0] == unix.AF_INET6 {
+			family = dataplane.IPv6
+		}
+		if e, ok := parseEntry(data[nfHeaderLen:], family); ok && e.endpoint != e.destination {
+			visit(Connection{e.protocol, e.destination, e.endpoint})
 		}
 	}
-}
-
-func addressFamily(f byte) dataplane.Family {
-	if f == unix.AF_INET6 {
-		return dataplane.IPv6
-	}
-	return dataplane.IPv4
-}
-
-func (f flow) connection() Connection {
-	return Connection{Protocol: f.protocol, Destination: f.destination, Endpoint: f.endpoint}
-}
-
-// VisitConnections calls visit with the entries of a family in the network namespace of the calling
-// thread. The kernel needs about 2.5 µs for each. The result is approximate while the table changes.
-func VisitConnections(ctx context.Context, family dataplane.Family, visit func(Connection)) error {
-	conn, err := nlconn.Dial(unix.NETLINK_NETFILTER, 0)
-	if err != nil {
-		return explain(err)
-	}
-	defer conn.Close() //nolint:errcheck // nothing was written
-	request := netlink.Message{Header: netlink.Header{Type: msgGet}, Data: nfHeader(family)}
-	_, err = conn.Dump(ctx, request, func(data []byte) error {
-		if len(data) < 4 {
-			return nil
-		}
-		if e, ok := parseEntry(data[4:], family); ok {
-			visit(e.connection())
-		}
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("dump %s connections: %w", family, explain(err))
-	}
-	return nil
 }

@@ -27,13 +27,22 @@ const (
 	onlyReports    = "only reports of benchmarks need it"
 )
 
+// terminalPackages returns the packages of Bubble Tea, which `fairlead top` uses, that import os/exec or image.
+// They would start an editor or a pager, and show pictures; the agent does neither.
+func terminalPackages() []string {
+	return []string{
+		"charm.land/bubbletea/v2", "github.com/charmbracelet/colorprofile", "github.com/charmbracelet/ultraviolet",
+		"github.com/charmbracelet/x/ansi", "github.com/charmbracelet/x/ansi/kitty", "github.com/lucasb-eyer/go-colorful",
+	}
+}
+
 // forbiddenPackages returns the packages of other modules and of the standard library that a node
 // agent must not link.
 func forbiddenPackages() []forbiddenPackage {
 	return []forbiddenPackage{
 		// client-go/rest imports the credential plugins of kubeconfig files (users[].user.exec)
 		// unconditionally.
-		{"os/exec", startsPrograms, []string{"k8s.io/client-go/plugin/pkg/client/auth/exec"}},
+		{"os/exec", startsPrograms, append([]string{"k8s.io/client-go/plugin/pkg/client/auth/exec"}, terminalPackages()...)},
 		{"testing", onlyTests, nil},
 		{"net/http/httptest", onlyTests, nil},
 		{"github.com/google/go-cmp", onlyTests, nil},
@@ -47,7 +56,7 @@ func forbiddenPackages() []forbiddenPackage {
 		{"github.com/ajstarks/svgo", onlyReports, nil},
 		{"github.com/golang/freetype", onlyReports, nil},
 		{"golang.org/x/image", onlyReports, nil},
-		{"image", onlyReports, nil},
+		{"image", onlyReports, terminalPackages()},
 		{"html/template", onlyReports, nil},
 		{"maragu.dev/gomponents", onlyReports, nil},
 	}
