@@ -1200,6 +1200,7 @@ func TestPrepare(t *testing.T) {
 		time.Sleep(time.Second)
 		s.Update(updates{two.Key: two})
 		time.Sleep(time.Second)
+		synctest.Wait()
 		if want := []dataplane.Key{one.Key, two.Key}; !slices.Equal(p.services, want) || !p.node.Equal(node) {
 			t.Errorf("the last prefetch got the Services %v and the node %v, want %v and %v", p.services, p.node, want, node)
 		}
