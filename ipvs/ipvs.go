@@ -59,6 +59,10 @@ type Options struct {
 	// OwnTables is passed to [nft.Options.OwnTables]. It affects only the tables named
 	// [TableName]; virtual servers and addresses have no owner.
 	OwnTables bool
+	// DryRun, if not nil, collects what the Dataplane would write. The Dataplane then writes
+	// nothing, loads no modules and reports no drift. After the first Replace or Apply, only a new
+	// Dataplane reads the kernel correctly.
+	DryRun *dataplane.DryRun
 }
 
 // Schedulers returns the names of the schedulers in the kernel's source, sorted. A running
@@ -160,6 +164,9 @@ func Open(opts Options) (*Dataplane, error) {
 	d, err := newDataplane(opts)
 	if err != nil {
 		return nil, err
+	}
+	if opts.DryRun != nil {
+		return openDryRun(d, opts)
 	}
 	c, err := openIPVS(opts.NetNS)
 	if err != nil {

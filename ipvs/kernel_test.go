@@ -425,6 +425,9 @@ func TestDrift(t *testing.T) {
 					t.Error("no signal that the tables are lost")
 				}
 			}
+			if dryRun := n.dryRun(n.web(dataplane.TCP, 0)); len(dryRun.Writes) == 0 {
+				t.Error("a dry run would write nothing")
+			}
 			n.replace(n.web(dataplane.TCP, 0))
 			n.expectDump("10.96.0.1:81", "")
 			eventually(t, 3*resyncPeriod, "the virtual server is repaired", func() bool { return n.dump("10.96.0.1:80") == want })

@@ -934,6 +934,9 @@ func testDrift(t *testing.T, script string, translator ...Translator) {
 		t.Fatal("the change was not reported as drift")
 	}
 	drainNotifications(t, d)
+	if dryRun := mustDryRun(t, ns, nodeWithAllSettings(), services, translator...); len(dryRun.Writes) == 0 {
+		t.Error("a dry run would write nothing")
+	}
 	mustReplace(t, d, nodeWithAllSettings(), services...)
 	if diff := cmp.Diff(before, sortedLines(runNFT(t, ns, binary, "list ruleset"))); diff != "" {
 		t.Errorf("after the repair (-before +after):\n%s", diff)
@@ -941,6 +944,7 @@ func testDrift(t *testing.T, script string, translator ...Translator) {
 	wantState(t, d, services...)
 	mustReplace(t, d, nodeWithAllSettings(), services...)
 	wantNoDrift(t, d)
+	wantEmptyDryRun(t, ns, nodeWithAllSettings(), services, translator...)
 }
 
 // drainNotifications waits until the kernel has sent all notifications of a change, and then

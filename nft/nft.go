@@ -42,6 +42,10 @@ type Options struct {
 	// changes by other processes, and `nft flush ruleset` skips the tables. OwnTables has
 	// no effect before Linux 6.9; see [Dataplane.OwnsTables].
 	OwnTables bool
+	// DryRun, if not nil, collects what the Dataplane would write. The Dataplane then writes
+	// nothing to the kernel, and OwnTables has no effect. After the first Replace or Apply,
+	// only a new Dataplane reads the kernel correctly.
+	DryRun *dataplane.DryRun
 
 	affinityMapSize int // overrides the constant in tests
 }
@@ -74,7 +78,7 @@ type Dataplane struct {
 	// mu excludes an [AffinityLimiter] during a call. The AffinityLimiter makes all changes
 	// through the Dataplane's socket, because the socket may own the tables.
 	mu        sync.Mutex
-	conn      *nftables.Conn
+	conn      ruleset
 	socket    *netlink.Conn // of conn
 	portID    uint32        // of socket
 	ownTables bool          // whether the tables have an owner
@@ -82,6 +86,8 @@ type Dataplane struct {
 	flush     func() error // conn.Flush; tests inject failures
 	log       *slog.Logger
 	tables    [2]*table
+	// dryRun is Options.DryRun, or nil.
+	dryRun *dataplane.DryRun
 	// newTables is Options.newTables. Tests replace it.
 	newTables func(name string) [2]*table
 	// onRebuild is Options.OnRebuild, or nil.
@@ -146,7 +152,7 @@ func Open(opts Options) (*Dataplane, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("read the netlink socket's port: %w", err), conn.CloseLasting())
 	}
-	own := opts.OwnTables
+	own := opts.OwnTables && opts.DryRun == nil
 	if own {
 		if own, err = supportsOwner(socket, opts.newTables(opts.tableName())[0]); err != nil {
 			return nil, errors.Join(err, conn.CloseLasting())
@@ -180,6 +186,9 @@ func Open(opts Options) (*Dataplane, error) {
 		minSharedFrontends: minSharedFrontends,
 	}
 	d.resetState()
+	if opts.DryRun != nil {
+		d.startDryRun(conn, opts.DryRun)
+	}
 	return d, nil
 }
 
@@ -323,7 +332,7 @@ func (t *table) String() string {
 }
 
 // findTable returns the table from the kernel, or nil if it does not exist.
-func findTable(conn *nftables.Conn, t *table) (*nftables.Table, error) {
+func findTable(conn ruleset, t *table) (*nftables.Table, error) {
 	tables, err := conn.ListTablesOfFamily(t.nf.Family)
 	if err != nil {
 		return nil, fmt.Errorf("list the %s tables: %w", t.family, err)

@@ -191,7 +191,7 @@ func (d *Dataplane) readSets(ctx context.Context, t *table) (*tableContent, erro
 
 // setsReader reads the sets of tables and their elements.
 type setsReader struct {
-	conn *nftables.Conn
+	conn ruleset
 	dump *dumpConn
 }
 

@@ -12,7 +12,7 @@ import (
 // chains first. Contents that cannot be removed separately are removed with the table.
 //
 // flush must commit the transactions of conn.
-func removeTable(conn *nftables.Conn, flush func() error, t *table) error {
+func removeTable(conn ruleset, flush func() error, t *table) error {
 	chains, err := conn.ListChainsOfTableFamily(t.nf.Family)
 	if err != nil {
 		return fmt.Errorf("list the %s chains: %w", t.family, err)

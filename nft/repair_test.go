@@ -17,6 +17,7 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/nftables"
 )
 
 // operatorEdits returns edits of the table that an operator may make while debugging. None of
@@ -247,7 +248,7 @@ func TestRepairFailures(t *testing.T) {
 		n := 0
 		b.flush = func() error {
 			if n++; n <= failures {
-				_ = b.conn.FlushWithGenID(1) // empties the library's queue
+				_ = b.conn.(*nftables.Conn).FlushWithGenID(1) // empties the library's queue
 				return errAckLost
 			}
 			return b.conn.Flush()
@@ -271,7 +272,7 @@ func TestRebuildInterrupted(t *testing.T) {
 		n := 0
 		b.flush = func() error {
 			if n++; n > commits {
-				_ = b.conn.FlushWithGenID(1) // empties the library's queue
+				_ = b.conn.(*nftables.Conn).FlushWithGenID(1) // empties the library's queue
 				return errAckLost
 			}
 			return b.conn.Flush()

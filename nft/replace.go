@@ -108,18 +108,23 @@ func (d *Dataplane) repair(
 	var removed [2]bool
 	for conflicts := 0; ; {
 		d.resetState()
-		if err := d.waitForOwners(ctx); err != nil {
-			return have, nil, err
+		if d.dryRun == nil {
+			if err := d.waitForOwners(ctx); err != nil {
+				return have, nil, err
+			}
 		}
 		have, generation, err := d.readTables(ctx)
 		if d.generation = generation; err != nil {
 			return have, nil, d.wrapConflict(err)
 		}
-		if d.pause == nil && have[0].isAbsent() && have[1].isAbsent() {
+		if d.dryRun == nil && d.pause == nil && have[0].isAbsent() && have[1].isAbsent() {
 			d.pauseNotifications(generation)
 		}
 		again := false
 		for i, t := range d.tables {
+			if d.dryRun != nil {
+				d.prepareDryRun(t, have[i])
+			}
 			reason := d.rebuildReason(have[i])
 			if failures[i] >= repairAttempts {
 				reason = "repairs failed"

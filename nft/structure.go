@@ -35,7 +35,7 @@ func (d *Dataplane) repairTable(t *table, node dataplane.Node, have *tableConten
 		if err := d.createTable(t); err != nil {
 			return err
 		}
-	} else if flags := d.desiredFlags(have.table.Flags); flags != have.table.Flags || d.ownTables && have.table.Owner != d.portID {
+	} else if flags := d.desiredFlags(have.table.Flags); d.dryRun == nil && (flags != have.table.Flags || d.ownTables && have.table.Owner != d.portID) {
 		// The owner may have exited since the table was read, without a new generation.
 		d.conn.AddTable(&nftables.Table{Name: t.nf.Name, Family: t.nf.Family, Flags: flags})
 	}
@@ -54,11 +54,17 @@ func (d *Dataplane) repairTable(t *table, node dataplane.Node, have *tableConten
 	// Elements that refer to a chain keep it in use, as rules do.
 	for b, intact := range have.verdictElements {
 		if !intact {
+			d.differ(t, have, fmt.Sprintf("element %s of map %s", b.serviceClass, t.verdicts[b.vmap].Name), "wrong chain")
 			_ = d.conn.SetDeleteElements(t.verdicts[b.vmap], []element{{Key: t.encodeClass(b.serviceClass)}})
 			delete(have.verdictElements, b)
 		}
 	}
 	for _, s := range obsolete {
+		problem := dataplane.Unexpected
+		if slices.ContainsFunc(t.desiredSets(have), func(want *nftables.Set) bool { return want.Name == s.Name }) {
+			problem = dataplane.Differs
+		}
+		d.differ(t, have, "set "+s.Name, problem)
 		d.conn.DelSet(s)
 		delete(have.sets, s.Name)
 	}
@@ -67,12 +73,21 @@ func (d *Dataplane) repairTable(t *table, node dataplane.Node, have *tableConten
 		delete(have.chains, ch.Name)
 	}
 	for _, o := range mistyped {
+		d.differ(t, have, "object "+o.Name, dataplane.Differs)
 		o.Table = t.nf
 		d.conn.DeleteObject(o)
 	}
 	for _, c := range allCounters() {
 		if typ, ok := have.objects[string(c)]; !ok || typ != nftables.ObjTypeCounter {
+			if !ok {
+				d.differ(t, have, "counter "+string(c), dataplane.Missing)
+			}
 			d.conn.AddObj(t.counterObject(c))
+		}
+	}
+	for _, s := range t.desiredSets(have) {
+		if have.sets[s.Name] == nil && !slices.ContainsFunc(obsolete, func(o *nftables.Set) bool { return o.Name == s.Name }) {
+			d.differ(t, have, "set "+s.Name, dataplane.Missing)
 		}
 	}
 	newPorts := have.sets[t.endpointPorts.Name] == nil
@@ -165,6 +180,9 @@ func (d *Dataplane) repairEndpointPorts(t *table, have *tableContent) error {
 			added = append(added, element{Key: encodePort(port)})
 		}
 	}
+	if len(removed)+len(added) > 0 && have.sets[t.endpointPorts.Name] != nil {
+		d.differ(t, have, "set "+t.endpointPorts.Name, dataplane.Differs, formatPorts(removed), formatPorts(added))
+	}
 	change := func(write func(*nftables.Set, []element) error, elements []element) error {
 		for part := range slices.Chunk(elements, d.transactionSize) {
 			_ = write(t.endpointPorts, part) // the library keeps the error for Flush
@@ -187,12 +205,22 @@ func (d *Dataplane) flushChains(t *table, have *tableContent, desired []chain, a
 	keep := map[string]bool{}
 	for _, ch := range desired {
 		found := have.chains[ch.Name]
+		switch {
+		case found == nil:
+			d.differ(t, have, "chain "+ch.Name, dataplane.Missing)
+		case !sameChain(found, ch.Chain):
+			d.differ(t, have, "chain "+ch.Name, dataplane.Differs)
+		}
 		if found == nil || !sameChain(found, ch.Chain) {
 			changed[ch.Name] = true
 			continue
 		}
 		keep[ch.Name] = true
-		if all || !sameRules(t, have.rules[ch.Name], ch.rules) {
+		same := sameRules(t, have.rules[ch.Name], ch.rules)
+		if !same {
+			d.differ(t, have, "chain "+ch.Name, rulesProblem(t, have.rules[ch.Name], ch.rules))
+		}
+		if all || !same {
 			changed[ch.Name] = true
 			d.conn.FlushChain(found)
 		}
@@ -200,6 +228,9 @@ func (d *Dataplane) flushChains(t *table, have *tableContent, desired []chain, a
 	var remove []*nftables.Chain
 	for name, found := range have.chains {
 		if !keep[name] && !isBindingChain(name) {
+			if !slices.ContainsFunc(desired, func(ch chain) bool { return ch.Name == name }) {
+				d.differ(t, have, "chain "+name, dataplane.Unexpected)
+			}
 			d.conn.FlushChain(found)
 			remove = append(remove, found)
 		}
@@ -225,6 +256,12 @@ func (d *Dataplane) deleteUnexpected(t *table, have *tableContent) error {
 			continue
 		}
 		unexpected := have.unexpected[set.Name]
+		if len(unexpected) > 0 {
+			d.differ(t, have, "elements of set "+set.Name, dataplane.Unexpected, t.formatElements(set, unexpected))
+		}
+		if extended := have.extended[set.Name]; len(extended) > 0 {
+			d.differ(t, have, "elements of set "+set.Name, "a statement was added", t.formatElements(set, extended))
+		}
 		if slices.ContainsFunc(unexpected, isCatchAll) {
 			if err := d.deleteCatchAll(t, set); err != nil {
 				return err
@@ -303,6 +340,7 @@ func (d *Dataplane) repairNodeSets(t *table, node dataplane.Node, have *tableCon
 			continue
 		}
 		if have.sets[set.Name] != nil {
+			d.differ(t, have, "set "+set.Name, dataplane.Differs, t.formatElements(set, found), t.formatElements(set, want))
 			d.conn.FlushSet(set)
 		}
 		_ = d.conn.SetAddElements(set, want)

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/nlconn"
 
 	"github.com/google/nftables"
@@ -119,6 +120,14 @@ func (d *Dataplane) deleteCatchAll(t *table, set *nftables.Set) error {
 // commitMessage commits a transaction of one message. It uses the library's socket, so that
 // the watch ignores the change.
 func (d *Dataplane) commitMessage(t *table, typ uint16, flags netlink.HeaderFlags, attrs []netlink.Attribute) error {
+	if d.dryRun != nil {
+		object, op := "table", dataplane.Add
+		if typ == unix.NFT_MSG_DELSETELEM {
+			object, op = "element", dataplane.Delete
+		}
+		d.dryRun.Record(op, object, t.String(), 1)
+		return d.recordCommit(nil)
+	}
 	messages, err := singleMessageBatch(t, typ, flags, attrs)
 	if err != nil {
 		return err

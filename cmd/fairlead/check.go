@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -60,7 +61,7 @@ the exit code.`,
 		},
 	}
 	flags = config.AddFlags(cmd)
-	hideUnusedFlags(cmd)
+	hideUnusedFlags(cmd, "healthz-bind-address", "metrics-bind-address")
 	cmd.Flags().StringVarP(&output, "output", "o", outputTable, "format of the findings: table or json")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{outputTable, outputJSON}, cobra.ShellCompDirectiveNoFileComp)) // the flag exists
 	return cmd
@@ -71,15 +72,14 @@ const (
 	outputJSON  = "json"
 )
 
-// hideUnusedFlags hides the flags of fairlead run that do not change the result of a check. They
-// are accepted, so that the arguments of a DaemonSet can be used.
-func hideUnusedFlags(cmd *cobra.Command) {
+// hideUnusedFlags hides the flags of fairlead run except for the most important ones and the names in
+// also. They are accepted, so that the arguments of a DaemonSet can be used.
+func hideUnusedFlags(cmd *cobra.Command, also ...string) {
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		switch f.Name {
-		case "mode", "proxy-mode", "config", "kubeconfig", "master", "hostname-override", "manifests", "cluster-cidr", "detect-local-mode",
-			"healthz-bind-address", "metrics-bind-address":
+		case "mode", "proxy-mode", "config", "kubeconfig", "master", "hostname-override", "manifests", "cluster-cidr", "detect-local-mode":
 		default:
-			f.Hidden = f.Hidden || !strings.HasPrefix(f.Name, "conntrack-")
+			f.Hidden = f.Hidden || !strings.HasPrefix(f.Name, "conntrack-") && !slices.Contains(also, f.Name)
 		}
 	})
 }

@@ -54,10 +54,17 @@ to their endpoints.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(runCommand(setClientLogger), checkCommand(), cleanupCommand(), versionCommand(), getCommand(), topCommand()) //nolint:contextcheck // cobra passes ctx to them
-	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
+	root.AddCommand(runCommand(setClientLogger), checkCommand(), cleanupCommand(), versionCommand(), getCommand(), topCommand(), diffCommand()) //nolint:contextcheck // cobra passes ctx to them
+	cmd, err := root.ExecuteContextC(ctx)
+	if errors.Is(err, errDifferences) {
+		return exitDifferences
+	}
+	if err != nil && !errors.Is(err, context.Canceled) {
 		for line := range strings.Lines(err.Error()) {
 			_, _ = fmt.Fprintln(stderr, "fairlead:", strings.TrimSpace(line))
+		}
+		if cmd.Name() == diffName {
+			return exitDiffFailed
 		}
 		return 1
 	}

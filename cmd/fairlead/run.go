@@ -43,7 +43,7 @@ accepted with a warning.`,
 				_, err := fmt.Fprintln(cmd.OutOrStdout(), text)
 				return err
 			}
-			return runProgram(cmd.Context(), flags, flagValues(cmd), cmd.ErrOrStderr(), setClientLogger)
+			return runProgram(cmd.Context(), flags, flagValues(cmd), cmd.OutOrStdout(), cmd.ErrOrStderr(), setClientLogger)
 		},
 	}
 	flags = config.AddFlags(cmd)
@@ -51,7 +51,7 @@ accepted with a warning.`,
 }
 
 // runProgram implements `fairlead run`. flags has the flags that are set, and values has all flags.
-func runProgram(ctx context.Context, flags config.Flags, values map[string]string, stderr io.Writer, setClientLogger func(*slog.Logger)) error {
+func runProgram(ctx context.Context, flags config.Flags, values map[string]string, stdout, stderr io.Writer, setClientLogger func(*slog.Logger)) error {
 	c, content, err := config.Load(flags)
 	if err != nil {
 		return err
@@ -64,6 +64,8 @@ func runProgram(ctx context.Context, flags config.Flags, values map[string]strin
 	switch {
 	case c.WriteConfigTo != "":
 		return c.WriteFile()
+	case c.DryRun:
+		return dryRun(ctx, c, stdout, log)
 	case c.Cleanup:
 		return cleanUp(ctx, log, false, nil) // like kube-proxy, even if connections end
 	}

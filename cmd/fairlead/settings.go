@@ -51,6 +51,28 @@ func agentSettings(ctx context.Context, flags config.Flags) (config.Config, erro
 	return c, nil
 }
 
+// splitLogFlags returns the flags that are not about logging, and the logger that the others select.
+// It logs warnings and errors by default.
+func splitLogFlags(flags config.Flags, stderr io.Writer) (config.Flags, *slog.Logger, error) {
+	settings, logging := config.Flags{}, config.Flags{}
+	for name, value := range flags {
+		switch name {
+		case "log-level", "log-format", "logging-format", "v":
+			logging[name] = value
+		default:
+			settings[name] = value
+		}
+	}
+	c, _, err := config.Load(logging)
+	if err != nil {
+		return nil, nil, err
+	}
+	if logging["log-level"] == "" && logging["v"] == "" {
+		c.LogLevel = slog.LevelWarn
+	}
+	return settings, config.NewLogger(stderr, c.LogLevel, c.LogFormat), nil
+}
+
 // errOtherProgram is returned for a process that holds the instance lock but does not run an agent,
 // such as `fairlead cleanup`.
 var errOtherProgram = errors.New("it does not run `fairlead run`")
@@ -67,10 +89,7 @@ func processSettings(pid int) (config.Config, error) {
 	if err != nil {
 		return config.Config{}, err
 	}
-	files, err := openProcessFiles(folder)
-	if err != nil {
-		return config.Config{}, err
-	}
+	files := openProcessFiles(folder)
 	if path, ok := flags["config"]; ok {
 		flags["config"] = files.path(path)
 	}
@@ -109,20 +128,17 @@ type processFiles struct {
 	cwd  string
 }
 
-func openProcessFiles(folder string) (processFiles, error) {
+// openProcessFiles returns the translation for a process. If it is not visible, the paths stay as they
+// are.
+func openProcessFiles(folder string) processFiles {
 	var f processFiles
-	var err error
-	if f.cwd, err = os.Readlink(filepath.Join(folder, "cwd")); err != nil {
-		return f, err
-	}
-	theirs, err := os.Readlink(filepath.Join(folder, "ns/mnt"))
-	if err != nil {
-		return f, err
-	}
-	if ours, err := os.Readlink("/proc/self/ns/mnt"); err != nil || ours != theirs {
+	f.cwd, _ = os.Readlink(filepath.Join(folder, "cwd"))
+	theirs, errTheirs := os.Readlink(filepath.Join(folder, "ns/mnt"))
+	ours, err := os.Readlink("/proc/self/ns/mnt")
+	if err == nil && errTheirs == nil && ours != theirs {
 		f.root = filepath.Join(folder, "root")
 	}
-	return f, nil
+	return f
 }
 
 // path returns the path by which this process opens a file of the other one.

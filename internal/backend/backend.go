@@ -71,6 +71,9 @@ type Options struct {
 	OwnTables bool
 	// Values holds the values of the backend's Flags. A missing value means the default.
 	Values Values
+	// DryRun, if not nil, collects what the Dataplane would write. The Dataplane then writes
+	// nothing. Only a new Dataplane reads the kernel correctly after Replace or Apply.
+	DryRun *dataplane.DryRun
 	// OnRebuild, if not nil, is called before the backend rebuilds a table that it cannot
 	// repair in place. It must not block.
 	OnRebuild func(Rebuild)
@@ -120,7 +123,7 @@ func (b Backend) Dial(o Options) (dataplane.Dataplane, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--mode=%s: %w", b.Name, err)
 	}
-	if owner, ok := d.(TableOwner); o.OwnTables && (!ok || !owner.OwnsTables()) {
+	if owner, ok := d.(TableOwner); o.OwnTables && o.DryRun == nil && (!ok || !owner.OwnsTables()) {
 		log.Warn("a setting has no effect", "setting", "--nft-own-table", "reason", "it requires Linux 6.9 or newer, this is "+kernelRelease())
 	}
 	return d, nil

@@ -53,7 +53,7 @@ func ipvsBackend() Backend {
 
 func ipvsOptions(o Options) ipvs.Options {
 	return ipvs.Options{
-		NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables,
+		NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables, DryRun: o.DryRun,
 		Scheduler:     value[string](o.Values, flagScheduler),
 		ExcludeCIDRs:  value[[]netip.Prefix](o.Values, flagExcludeCIDRs),
 		StrictARP:     value[bool](o.Values, flagStrictARP),

@@ -20,7 +20,7 @@ func nftBackend() Backend {
 	return Backend{
 		Name: NFT, KubeProxyName: "nftables", Conntrack: true,
 		Open: func(o Options) (dataplane.Dataplane, error) {
-			return asDataplane(nft.Open(nft.Options{NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables}))
+			return asDataplane(nft.Open(nft.Options{NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables, DryRun: o.DryRun}))
 		},
 		Cleanup:     func(log *slog.Logger) error { return nft.Cleanup(nft.Options{Logger: log}) },
 		NewCounters: func() Counters { return nftCounters{nft.NewCounterReader(nft.Options{})} },

@@ -46,6 +46,8 @@ type Config struct {
 	// one.
 	ModeSetting string
 	InitOnly    bool
+	// DryRun prints what would be written instead of writing it.
+	DryRun bool
 	// Cleanup removes the kernel state instead of programming it. WriteConfigTo is the path to
 	// write the configuration to instead, empty for none.
 	Cleanup       bool
@@ -201,6 +203,7 @@ func parse(in input) (Config, error) {
 	b := p.backend(&c)
 	c.Mode, c.Values = b.Name, p.backendValues(b)
 	c.InitOnly, c.Cleanup, c.WriteConfigTo = p.boolean("init-only"), p.boolean("cleanup"), p.text("write-config-to")
+	p.setDryRun(&c)
 	p.setSource(&c)
 	bind := p.bindAddress()
 	c.Tracker = kube.Options{
@@ -227,6 +230,18 @@ func parse(in input) (Config, error) {
 	c.LogLevel, c.LogFormat = p.logging()
 	p.warnIgnored(&c)
 	return c, errors.Join(p.errs...)
+}
+
+// setDryRun sets DryRun, which excludes the other tasks that end the program.
+func (p *parser) setDryRun(c *Config) {
+	if c.DryRun = p.boolean("dry-run"); !c.DryRun {
+		return
+	}
+	for name, isSet := range map[string]bool{"init-only": c.InitOnly, "cleanup": c.Cleanup, "write-config-to": c.WriteConfigTo != ""} {
+		if isSet {
+			p.fail("dry-run", "cannot be combined with --%s: set one of them", name)
+		}
+	}
 }
 
 // serviceProxyName returns the value of the label of the Services to serve, empty for Services

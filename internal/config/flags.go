@@ -198,6 +198,10 @@ func settings() []setting {
 			usage: "perform the initialization that may need more privileges than CAP_NET_ADMIN, and exit: the --conntrack-* settings, and with " +
 				"--mode=ipvs also kernel modules and other sysctls",
 		},
+		{
+			name: "dry-run", kind: kindBool, defaultValue: "false", fairleadOnly: true,
+			usage: "print what would be written to the kernel, write nothing, and exit",
+		},
 		{name: "log-level", kind: kindString, overridesFile: true, defaultValue: levelInfo, completions: levels(), usage: levelUsage},
 		{name: "log-format", kind: kindString, overridesFile: true, defaultValue: formatText, completions: formats(), usage: formatUsage},
 		{name: "v", short: "v", kind: kindInt, overridesFile: true, usage: "kube-proxy's alternative to --log-level: 4 and higher mean debug"},

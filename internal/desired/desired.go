@@ -46,7 +46,9 @@ type Options struct {
 	SourceName string
 	// Timeout is how long to wait for the first complete delivery. 0 means [DefaultTimeout].
 	Timeout time.Duration
-	Logger  *slog.Logger
+	// Interval, if not 0, makes [Follow] pass on the state periodically, too.
+	Interval time.Duration
+	Logger   *slog.Logger
 }
 
 // State is the desired state of the node. Follow updates it after the function that received it
@@ -133,7 +135,7 @@ func Read(ctx context.Context, o Options) (*State, error) {
 }
 
 // Follow calls handle with the desired state once all objects are known, and again after each
-// change of the objects or of the node's addresses, until ctx is done or handle returns an error. It
+// change of the objects or of the node's addresses and at each Interval, until ctx is done or handle returns an error. It
 // makes one call at a time.
 func Follow(ctx context.Context, o Options, handle func(*State) error) error {
 	ctx, stop := context.WithCancelCause(ctx)
@@ -162,6 +164,9 @@ func Follow(ctx context.Context, o Options, handle func(*State) error) error {
 			stop(err)
 		}
 	})
+	if o.Interval > 0 {
+		running.Go(func() { f.repeat(ctx, o.Interval) })
+	}
 	select {
 	case <-ctx.Done():
 		return followError(ctx)
@@ -225,7 +230,29 @@ func (f *follower) program(ctx context.Context, objects kube.Delta, result kube.
 	f.state.Objects = objects
 	f.state.record(result)
 	f.pipeline.Program(result)
-	if !f.synced {
+	f.pass(ctx)
+}
+
+// repeat passes on the state periodically until ctx is done.
+func (f *follower) repeat(ctx context.Context, interval time.Duration) {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		f.mu.Lock()
+		f.state.Objects, f.state.Problems = kube.Delta{}, nil
+		f.pass(ctx)
+		f.mu.Unlock()
+	}
+}
+
+// pass passes on the state once all objects are known.
+func (f *follower) pass(ctx context.Context) {
+	if !f.synced || ctx.Err() != nil {
 		return
 	}
 	f.scanOtherProxies(ctx)
