@@ -156,12 +156,11 @@ func (d *Dataplane) replacePrepared(ctx context.Context, node dataplane.Node, se
 	if p == nil || !p.node.Equal(node) {
 		return false, nil
 	}
-	generation, err := d.currentGeneration()
-	if err != nil || generation != p.generation && !d.tablesUnchanged(p.changes, generation) || !d.haveTables(ctx) {
+	var current bool
+	if d.generation, current = d.isCurrent(p.generation, p.changes); !current || !d.haveTables(ctx) {
 		d.log.DebugContext(ctx, "tables have changed since the Replace was prepared")
 		return false, nil
 	}
-	d.generation = generation
 	var changes []dataplane.Change
 	for _, s := range services {
 		if old := p.services[s.Key]; !s.Equal(old) {
@@ -176,6 +175,13 @@ func (d *Dataplane) replacePrepared(ctx context.Context, node dataplane.Node, se
 		return true, nil
 	}
 	return true, d.wrapConflict(d.apply("replace", changes))
+}
+
+// isCurrent returns the kernel's generation. It reports whether the tables are as they were in
+// an earlier generation, when the watch's change count had this value.
+func (d *Dataplane) isCurrent(read uint32, changes uint64) (generation uint32, current bool) {
+	generation, err := d.currentGeneration()
+	return generation, err == nil && (generation == read || d.tablesUnchanged(changes, generation))
 }
 
 // haveTables reports whether both tables exist without flags, and no table of an interrupted
@@ -202,11 +208,8 @@ func (d *Dataplane) usePrefetched(ctx context.Context) (have [2]*tableContent, g
 	if p == nil {
 		return have, 0, false
 	}
-	generation, err := d.currentGeneration()
-	if err != nil {
-		return have, 0, false
-	}
-	if generation != p.generation && !d.tablesUnchanged(p.changes, generation) || !d.refreshTables(ctx, p.have) {
+	generation, current := d.isCurrent(p.generation, p.changes)
+	if !current || !d.refreshTables(ctx, p.have) {
 		d.log.DebugContext(ctx, "tables have changed since they were prefetched")
 		return have, 0, false
 	}
