@@ -100,7 +100,11 @@ test: deps nftables controlplane kube-proxy ## run all tests except e2e with the
 	CGO_ENABLED=1 go test -race -shuffle=on -timeout=20m ./...
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
-	@$(MAKE) --no-print-directory test-chart
+	@$(MAKE) --no-print-directory test-chart test-page
+
+.PHONY: test-page
+test-page: deps ## test the status page in Chromium (root); FAIRLEAD_SCREENSHOTS=FOLDER keeps pictures
+	cd test/statuspage && go vet ./... && go test -count=1 -timeout=5m ./...
 
 .PHONY: test-chart
 test-chart: controlplane ## test the Helm chart and the manifests in deploy; the first build takes some minutes
@@ -266,6 +270,7 @@ lint: ## run golangci-lint and the prose linter, and check that go.mod is tidy
 	go mod tidy -diff
 	cd test/monitoring && go mod tidy -diff
 	cd test/chart && go mod tidy -diff
+	cd test/statuspage && go mod tidy -diff
 	cd internal/release && go mod tidy -diff
 
 # Commit to compare the API with: make apidiff BASE=main

@@ -10,6 +10,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	stdsync "sync"
 	"sync/atomic"
@@ -23,6 +24,7 @@ import (
 	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/conntrack"
 	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/internal/history"
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/nodeip"
 	"fairlead.io/fairlead/internal/nodesettings"
@@ -94,7 +96,8 @@ type Agent struct {
 	healthChecks *health.Ports
 	nodeHealth   *health.Proxy
 	metrics      *metrics.Metrics
-	affinity     *affinityLimiter // nil if the backend does not need one
+	history      *history.Recorder // of the status page
+	affinity     *affinityLimiter  // nil if the backend does not need one
 	nodeSettings *nodesettings.Watcher
 	// conntrackSettings are the kernel's settings, conntrack deletes stale entries.
 	conntrackSettings *conntrackSettings
@@ -104,6 +107,8 @@ type Agent struct {
 	dns               *dns.Server      // nil without --dns-listen
 	reloader          *config.Reloader // nil without a configuration file
 	pages             zpages.Options
+	// apiConnection returns the state of the connection to the API server, nil without one.
+	apiConnection func() metrics.APIConnection
 	// fields is the KubeProxyConfiguration in effect.
 	fields atomic.Pointer[config.Fields]
 }
@@ -117,8 +122,8 @@ func New(o Options) (*Agent, error) {
 	c, b, log := o.Config, o.Backend, o.Logger
 	a := &Agent{
 		log: log, logLevel: o.LogLevel, config: c, version: o.Version, backend: b, source: o.Source, sourceName: o.SourceName,
-		standby: newStandby(log, instanceDescription(o)),
-		pages:   zpages.Options{Component: "fairlead", Version: o.Version, KubernetesVersion: o.KubernetesVersion, Flags: o.Flags},
+		apiConnection: o.APIConnection, history: history.New(), standby: newStandby(log, instanceDescription(o)),
+		pages: zpages.Options{Component: "fairlead", Version: o.Version, KubernetesVersion: o.KubernetesVersion, Flags: o.Flags},
 	}
 	a.fields.Store(&c.Fields)
 	a.pages.Config = func() (map[string]json.RawMessage, error) { return a.fields.Load().Configz() }
@@ -169,9 +174,11 @@ func New(o Options) (*Agent, error) {
 	}
 	rebuilds.add(func(r backend.Rebuild) {
 		a.metrics.RecordTableRebuild(r.Family)
+		a.history.RecordEvent(history.Rebuild, true, fmt.Sprintf("table %s was rebuilt: %s", r.Table, r.Reason))
 		o.Events.TableRebuilt(r.Table, r.Reason)
 	})
 	commits.add(a.metrics.OnCommit)
+	commits.add(a.history.OnCommit)
 	if a.conntrack != nil {
 		commits.add(a.conntrack.OnCommit)
 	}
@@ -183,12 +190,12 @@ func New(o Options) (*Agent, error) {
 		}
 	})
 	a.dispatcher = &dispatcher{
-		log: log, pipeline: a.pipeline, conntrack: a.conntrack, relay: a.relay, healthChecks: a.healthChecks, metrics: a.metrics, nodeSettings: a.nodeSettings,
+		log: log, pipeline: a.pipeline, conntrack: a.conntrack, relay: a.relay, healthChecks: a.healthChecks, metrics: a.metrics, history: a.history, nodeSettings: a.nodeSettings,
 		events: o.Events, dns: a.dns, nodeState: state, nodePortAddresses: tracker.NodePortAddresses, proxyName: tracker.ServiceProxyName,
 	}
 	if f := o.File; f != nil {
 		a.reloader = config.NewReloader(config.ReloaderOptions{
-			Flags: f.Flags, Content: f.Content, Logger: log, Apply: a.applyConfig, OnResult: a.metrics.RecordReload,
+			Flags: f.Flags, Content: f.Content, Logger: log, Apply: a.applyConfig, OnResult: a.recordReload,
 		})
 	}
 	return a, nil
@@ -284,12 +291,16 @@ func (a *Agent) Run(ctx context.Context) error {
 	active(a.healthChecks.Run)
 	active(a.dispatcher.events.Run)
 	a.serveHTTP(ctx, group, httpServer{
-		flag: "healthz-bind-address", address: a.config.HealthzAddress, handler: a.nodeHealth.Handler(), limiter: a.limiters.healthz,
+		flag: "healthz-bind-address", address: a.config.HealthzAddress, handler: a.nodeHealth.Handler(), limiter: a.limiters.healthz, hardFail: a.config.HardFail,
 		listening: &a.listeners.healthz, report: a.dispatcher.events.HealthzServerFailed,
 	})
 	a.serveHTTP(ctx, group, httpServer{
-		flag: "metrics-bind-address", address: a.config.MetricsAddress, handler: a.metricsHandler(), limiter: a.limiters.metrics,
+		flag: "metrics-bind-address", address: a.config.MetricsAddress, handler: a.metricsHandler(), limiter: a.limiters.metrics, hardFail: a.config.HardFail,
 		listening: &a.listeners.metrics, report: a.dispatcher.events.MetricsServerFailed,
+	})
+	// The page is not essential, so the agent never exits because of its address.
+	a.serveHTTP(ctx, group, httpServer{
+		flag: "status-address", address: a.config.StatusAddress, handler: a.newStatusPage().Handler(), limiter: a.limiters.status, listening: &a.listeners.status,
 	})
 	if a.reloader != nil {
 		group.Go(func() error { return a.reloader.Run(ctx) })

@@ -11,7 +11,7 @@ type descriptors struct {
 	relayConnections, relayListeners int
 	healthCheckListeners             int
 	// serverConnections applies to each of the four servers: health, metrics, health-check
-	// node ports and DNS.
+	// node ports and DNS. The status page gets an eighth of it.
 	serverConnections int
 }
 

@@ -6,13 +6,16 @@ import (
 	"net/netip"
 	"slices"
 	stdsync "sync"
+	"sync/atomic"
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/conntrack"
 	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/internal/history"
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/nodeip"
 	"fairlead.io/fairlead/internal/nodesettings"
+	"fairlead.io/fairlead/internal/otherproxy"
 	"fairlead.io/fairlead/internal/pipeline"
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/kube"
@@ -27,6 +30,7 @@ type dispatcher struct {
 	relay        *relay.Relay
 	healthChecks *health.Ports
 	metrics      *metrics.Metrics
+	history      *history.Recorder
 	// nodeSettings warns of harmful kernel settings of the node.
 	nodeSettings *nodesettings.Watcher
 	events       Events
@@ -42,6 +46,11 @@ type dispatcher struct {
 	servedAddrs       []netip.Addr
 	// proxyName is the name of this proxy, empty for the default proxy.
 	proxyName string
+	// otherProxies are the rules of other Service proxies.
+	otherProxies []otherproxy.Rules
+
+	// results counts the results of the tracker.
+	results atomic.Uint64
 }
 
 // deliver processes a Delta from the source. The first Delta contains all objects.
@@ -63,6 +72,7 @@ func (d *dispatcher) deliver(delta kube.Delta) {
 	} else {
 		for t := range result.Triggers() {
 			d.metrics.RecordTrigger(t.Service.Namespace, t.Service.Name, t.At)
+			d.history.RecordTrigger(t.Service.Namespace, t.Service.Name, t.At)
 		}
 	}
 	if d.dns != nil {
@@ -113,6 +123,7 @@ func (d *dispatcher) setHealthCheckAddrs() {
 
 // distribute passes a result of the tracker to the components.
 func (d *dispatcher) distribute(result kube.Result) {
+	d.results.Add(1)
 	if result.Node != nil {
 		if d.conntrack != nil {
 			d.conntrack.SetNode(*result.Node)

@@ -17,6 +17,7 @@ import (
 	"fairlead.io/fairlead/dataplane/fake"
 	"fairlead.io/fairlead/internal/conntrack"
 	"fairlead.io/fairlead/internal/health"
+	"fairlead.io/fairlead/internal/history"
 	"fairlead.io/fairlead/internal/metrics"
 	"fairlead.io/fairlead/internal/nodeip"
 	"fairlead.io/fairlead/internal/nodesettings"
@@ -48,7 +49,7 @@ func newComponents(log *slog.Logger) *components {
 	state := &nodeState{log: log, sourceHasNodes: true, name: options.NodeName}
 	comp := &components{log: log, nodeState: state, progress: newProgress(status), dispatcher: &dispatcher{
 		log: log, pipeline: p, conntrack: conntrack.New(conntrack.Options{}), relay: relay.New(relay.Options{}),
-		healthChecks: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: status}),
+		healthChecks: health.NewPorts(health.PortsOptions{}), metrics: metrics.New(metrics.Options{Status: status}), history: history.New(),
 		nodeSettings: nodesettings.New(nodesettings.Options{}), events: NoEvents{}, nodeState: state,
 	}}
 	comp.commits.add(comp.metrics.OnCommit)

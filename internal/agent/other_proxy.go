@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/history"
 	"fairlead.io/fairlead/internal/otherproxy"
 	"fairlead.io/fairlead/kube"
 )
@@ -37,10 +38,13 @@ func (d *dispatcher) setOtherProxy(rules []otherproxy.Rules) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.metrics.SetOtherProxy(rules)
+	d.otherProxies = rules
 	if len(rules) == 0 {
 		d.log.Info("rules of other Service proxies are gone from this node")
+		d.history.RecordEvent(history.OtherProxy, false, "rules of other Service proxies are gone")
 	}
 	for _, r := range rules {
+		d.history.RecordEvent(history.OtherProxy, d.proxyName == "", "rules of another Service proxy: "+r.String())
 		if d.proxyName != "" {
 			d.log.Info("another Service proxy serves the Services without the proxy name label", "label", kube.LabelServiceProxyName, "rules", r.String())
 			continue

@@ -22,7 +22,9 @@ import (
 
 // serverLimiters limits the connections of each server separately, so that the clients of one
 // server cannot block the others.
-type serverLimiters struct{ healthz, metrics, healthChecks, dns *connlimit.Limiter }
+type serverLimiters struct {
+	healthz, metrics, status, healthChecks, dns *connlimit.Limiter
+}
 
 // healthzReserve is the number of file descriptors kept for the kubelet's probes.
 const healthzReserve = 4
@@ -36,6 +38,8 @@ func newServerLimiters(connections int, log *slog.Logger) serverLimiters {
 	return serverLimiters{
 		healthz: limiter(connlimit.Options{Server: "healthz", Reserve: healthzReserve}),
 		metrics: limiter(connlimit.Options{Server: "metrics"}),
+		// The page has few readers, and usually all of them come from the loopback address.
+		status: connlimit.New(connlimit.Options{Server: "status", Max: max(1, connections/8), MaxPerClient: max(1, connections/8), Logger: log}),
 		// One load balancer may keep connections for many Services.
 		healthChecks: limiter(connlimit.Options{Server: "health-check-node-ports", MaxPerClient: max(1, connections/2)}),
 		dns:          limiter(connlimit.Options{Server: "dns", WriteTimeout: dns.WriteTimeout}),
@@ -45,7 +49,7 @@ func newServerLimiters(connections int, log *slog.Logger) serverLimiters {
 // stats returns the connection statistics by server name.
 func (s serverLimiters) stats() map[string]connlimit.Stats {
 	return map[string]connlimit.Stats{
-		"healthz": s.healthz.Stats(), "metrics": s.metrics.Stats(),
+		"healthz": s.healthz.Stats(), "metrics": s.metrics.Stats(), "status": s.status.Stats(),
 		"health-check-node-ports": s.healthChecks.Stats(), "dns": s.dns.Stats(),
 	}
 }
@@ -56,13 +60,15 @@ type httpServer struct {
 	flag, address string
 	handler       http.Handler
 	limiter       *connlimit.Limiter
+	// hardFail makes the agent exit if the server cannot listen.
+	hardFail bool
 	// listening is set while the server listens.
 	listening *atomic.Bool
-	// report records an Event about a server that cannot listen.
+	// report records an Event about a server that cannot listen. Nil means no Event.
 	report func(error)
 }
 
-// serveHTTP runs an HTTP server. With HardFail, it waits until this instance is active, because
+// serveHTTP runs an HTTP server. With hardFail, it waits until this instance is active, because
 // the other instance usually listens on the same address. For the same reason, an instance on
 // standby reports no Events.
 func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, s httpServer) {
@@ -71,9 +77,9 @@ func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, s httpServ
 	}
 	run := func(ctx context.Context) error {
 		err := health.Serve(ctx, health.ServeOptions{
-			Address: s.address, Handler: s.handler, HardFail: a.config.HardFail, Limiter: s.limiter, RetryNow: a.standby.activated,
+			Address: s.address, Handler: s.handler, HardFail: s.hardFail, Limiter: s.limiter, RetryNow: a.standby.activated,
 			OnError: func(err error) {
-				if a.standby.isActive() {
+				if s.report != nil && a.standby.isActive() {
 					s.report(fmt.Errorf("--%s: %w", s.flag, err))
 				}
 			},
@@ -84,14 +90,14 @@ func (a *Agent) serveHTTP(ctx context.Context, group *errgroup.Group, s httpServ
 		}
 		return nil
 	}
-	if a.config.HardFail {
+	if s.hardFail {
 		run = a.standby.whenActive(run)
 	}
 	group.Go(func() error { return run(ctx) })
 }
 
 // listeners records which HTTP servers listen. Another process may hold the address.
-type listeners struct{ healthz, metrics atomic.Bool }
+type listeners struct{ healthz, metrics, status atomic.Bool }
 
 // listenerStates returns by server name whether it listens, for the servers that are configured.
 func (a *Agent) listenerStates() map[string]bool {
@@ -101,6 +107,9 @@ func (a *Agent) listenerStates() map[string]bool {
 	}
 	if a.config.MetricsAddress != "" {
 		states["metrics"] = a.listeners.metrics.Load()
+	}
+	if a.config.StatusAddress != "" {
+		states["status"] = a.listeners.status.Load()
 	}
 	return states
 }

@@ -62,6 +62,8 @@ type Config struct {
 
 	// HealthzAddress and MetricsAddress are host:port, or empty for no server.
 	HealthzAddress, MetricsAddress string
+	// StatusAddress is the host:port of the status page, or empty for none.
+	StatusAddress string
 	// HardFail makes the program exit if it cannot listen on an address.
 	HardFail bool
 	// GiveWayAfter is how long Fairlead's rules keep precedence over the rules of another
@@ -93,6 +95,9 @@ const (
 	healthzPort = "10256"
 	metricsPort = "10249"
 )
+
+// statusPort is the default port of the status page. No Kubernetes component uses it.
+const statusPort = "10265"
 
 // parser converts settings from text and collects the errors.
 type parser struct {
@@ -221,7 +226,8 @@ func parse(in input) (Config, error) {
 	}
 	c.HealthzAddress = p.serverAddress(&c, "healthz", wildcard, healthzPort)
 	c.MetricsAddress = p.serverAddress(&c, "metrics", loopback, metricsPort)
-	c.Tracker.ProtectLoopback = slices.ContainsFunc([]string{c.HealthzAddress, c.MetricsAddress, c.DNSListen}, isLoopback)
+	c.StatusAddress = p.statusAddress()
+	c.Tracker.ProtectLoopback = slices.ContainsFunc([]string{c.HealthzAddress, c.MetricsAddress, c.StatusAddress, c.DNSListen}, isLoopback)
 	c.Conntrack = p.conntrack()
 	c.HardFail = p.boolean("bind-address-hard-fail")
 	c.GiveWayAfter = p.giveWayAfter()
@@ -543,6 +549,26 @@ func (p *parser) serverAddress(c *Config, what, host, port string) string {
 	return net.JoinHostPort(addr.String(), given)
 }
 
+// statusAddress returns the address of the status page with its port, or an empty string for no
+// page.
+func (p *parser) statusAddress() string {
+	const name = "status-address"
+	value := p.text(name)
+	if value == "" {
+		return ""
+	}
+	host, port, err := net.SplitHostPort(value)
+	if err != nil {
+		host, port = value, statusPort
+	}
+	addr, err := kube.ParseAddr(host)
+	if number, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || number == 0 {
+		p.fail(name, "%q is not an address with a port: write it as 127.0.0.1:%s or [::1]:%[2]s, or leave it empty for no status page", value, statusPort)
+		return value
+	}
+	return net.JoinHostPort(addr.String(), port)
+}
+
 // serverPort returns the deprecated setting of a server's port, and whether it is set. As in
 // kube-proxy, 0 means no server, and another port has no effect on an address with a port, such as
 // the default.
@@ -631,6 +657,7 @@ func (c Config) RestartRequired(o Config) []string {
 		"the node name":            c.Tracker.NodeName == o.Tracker.NodeName,
 		"the address of /healthz":  c.HealthzAddress == o.HealthzAddress,
 		"the address of /metrics":  c.MetricsAddress == o.MetricsAddress,
+		"the status address":       c.StatusAddress == o.StatusAddress,
 		"bind-address-hard-fail":   c.HardFail == o.HardFail,
 		"profiling":                c.Profiling == o.Profiling,
 		"give-way-after":           c.GiveWayAfter == o.GiveWayAfter,

@@ -49,7 +49,7 @@ func writeConfigFile(t *testing.T, text string) string {
 // defaultConfig returns the configuration with only --hostname-override=node set.
 func defaultConfig() Config {
 	return Config{
-		Mode: backend.NFT, ProxyMode: "nftables", ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", LogFormat: "text",
+		Mode: backend.NFT, ProxyMode: "nftables", ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", StatusAddress: "127.0.0.1:10265", LogFormat: "text",
 		API:          APIServer{Label: "--kubeconfig", QPS: 5, Burst: 10, BatchPeriod: 50 * time.Millisecond, MassRemovalDelay: time.Minute},
 		GiveWayAfter: time.Minute,
 		Conntrack: conntracksettings.Settings{
@@ -286,11 +286,20 @@ func TestFlags(t *testing.T) {
 		},
 		{
 			"server addresses",
-			[]string{"--healthz-bind-address=[fd00::1]:1", "--metrics-bind-address=192.0.2.1", "--bind-address-hard-fail", "--profiling"},
+			[]string{"--healthz-bind-address=[fd00::1]:1", "--metrics-bind-address=192.0.2.1", "--status-address=192.0.2.2", "--bind-address-hard-fail", "--profiling"},
 			func(c *Config) {
 				c.HealthzAddress, c.MetricsAddress, c.HardFail, c.Profiling = "[fd00::1]:1", "192.0.2.1:10249", true, true
+				c.StatusAddress = "192.0.2.2:10265"
 				c.Tracker.ProtectLoopback = false // no server listens on a loopback address
 			},
+		},
+		{
+			"another port of the status page", []string{"--status-address=[::1]:1"},
+			func(c *Config) { c.StatusAddress = "[::1]:1" },
+		},
+		{
+			"no status page", []string{"--status-address="},
+			func(c *Config) { c.StatusAddress = "" },
 		},
 		{
 			"values that only kube-proxy's parsers accept",
@@ -428,6 +437,7 @@ nodePortAddresses: [primary, 10.0.0.0/8]
 						ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00::/56")},
 					},
 					NodePortAddresses: kube.NodePortAddresses{Primary: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}},
+					ProtectLoopback:   true, // for the status page
 				}
 				c.ProxyMode, c.ModeSetting = "nftables", "--config: mode"
 			},

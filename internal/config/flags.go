@@ -27,6 +27,9 @@ type setting struct {
 	// fairleadOnly marks a flag that a configuration file cannot set, so that the flag applies
 	// together with --config.
 	fairleadOnly bool
+	// emptyDisables marks a flag whose empty value turns its feature off. All other flags with an
+	// empty value are not set.
+	emptyDisables bool
 	// overridesFile marks a kube-proxy flag that takes precedence over a configuration file:
 	// --master, which has no field there, --hostname-override and the logging flags.
 	overridesFile bool
@@ -189,6 +192,10 @@ func settings() []setting {
 		},
 		{name: "metrics-port", kind: kindInt, usage: "deprecated: use --metrics-bind-address. 0: no server"},
 		{
+			name: "status-address", kind: kindString, fairleadOnly: true, emptyDisables: true, defaultValue: "127.0.0.1:" + statusPort,
+			usage: "address and port to serve the read-only status page on; empty: no status page",
+		},
+		{
 			name: "bind-address-hard-fail", kind: kindBool, defaultValue: "false",
 			usage: "exit if a listen address is unavailable, instead of retrying every 5s",
 		},
@@ -303,7 +310,7 @@ func ignoredSettings() []setting {
 }
 
 // Flags maps the names of flags to their values. It contains only values that are set and not
-// empty.
+// empty, except for a flag whose empty value turns its feature off.
 type Flags map[string]string
 
 // flagValue implements [pflag.Value] for a setting, and stores its value in flags.
@@ -315,14 +322,19 @@ type flagValue struct {
 var _ pflag.Value = flagValue{}
 
 // String implements [pflag.Value].
-func (v flagValue) String() string { return cmp.Or(v.flags[v.setting.name], v.setting.defaultValue) }
+func (v flagValue) String() string {
+	if value, ok := v.flags[v.setting.name]; ok {
+		return value
+	}
+	return v.setting.defaultValue
+}
 
 // Set implements [pflag.Value].
 func (v flagValue) Set(value string) error {
 	if v.setting.kind == kindList && v.flags[v.setting.name] != "" && value != "" {
 		value = v.flags[v.setting.name] + "," + value
 	}
-	if v.flags[v.setting.name] = value; value == "" {
+	if v.flags[v.setting.name] = value; value == "" && !v.setting.emptyDisables {
 		delete(v.flags, v.setting.name)
 	}
 	return nil

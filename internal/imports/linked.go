@@ -57,8 +57,6 @@ func forbiddenPackages() []forbiddenPackage {
 		{"github.com/golang/freetype", onlyReports, nil},
 		{"golang.org/x/image", onlyReports, nil},
 		{"image", onlyReports, terminalPackages()},
-		{"html/template", onlyReports, nil},
-		{"maragu.dev/gomponents", onlyReports, nil},
 	}
 }
 

@@ -5,6 +5,7 @@
 package pipeline
 
 import (
+	"iter"
 	"log/slog"
 	"time"
 
@@ -78,6 +79,9 @@ func (p *Pipeline) TrackAddresses(a nodeip.Addresses) kube.Result {
 // Configure sets the options of the tracker and returns the resulting changes. The caller must
 // pass the Result to Program like a Result of Track.
 func (p *Pipeline) Configure(o kube.Options) kube.Result { return p.tracker.Configure(o) }
+
+// Services yields the state of all Services and visits each of them.
+func (p *Pipeline) Services() iter.Seq[kube.ServiceState] { return p.tracker.All() }
 
 // Program passes a Result to the syncer or target. It does not wait for the kernel.
 func (p *Pipeline) Program(result kube.Result) {
