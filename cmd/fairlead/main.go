@@ -54,7 +54,7 @@ to their endpoints.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(runCommand(setClientLogger), checkCommand(), cleanupCommand(), versionCommand(), getCommand(), topCommand(), diffCommand()) //nolint:contextcheck // cobra passes ctx to them
+	root.AddCommand(runCommand(setClientLogger), checkCommand(), cleanupCommand(), versionCommand(), getCommand(), topCommand(), diffCommand(), reportCommand()) //nolint:contextcheck // cobra passes ctx to them
 	cmd, err := root.ExecuteContextC(ctx)
 	if errors.Is(err, errDifferences) {
 		return exitDifferences
