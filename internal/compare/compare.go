@@ -34,11 +34,11 @@ type Options struct {
 // Report lists the differences between the kernel and the desired state.
 type Report struct {
 	Mode string `json:"mode"`
-	// DesiredServices is the number of desired ports of Services by family and kind, and Desired
-	// the number of their frontends. Programmed is the number of frontends in the kernel.
-	DesiredServices int `json:"desiredServices"`
-	Desired         int `json:"desiredFrontends"`
-	Programmed      int `json:"programmedFrontends"`
+	// DesiredPorts is the number of desired ports of Services, and DesiredFrontends the number of
+	// their frontends. ProgrammedFrontends is the number of frontends in the kernel.
+	DesiredPorts        int `json:"desiredPorts"`
+	DesiredFrontends    int `json:"desiredFrontends"`
+	ProgrammedFrontends int `json:"programmedFrontends"`
 	// Services lists the differing Services by name.
 	Services []Service `json:"services,omitempty"`
 	// Objects lists the differing objects that do not belong to one Service.
@@ -126,7 +126,7 @@ func Kernel(ctx context.Context, o Options) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the kernel: %w", err)
 	}
-	r := &Report{Mode: o.Backend.Name, DesiredServices: len(o.Services), Programmed: len(have)}
+	r := &Report{Mode: o.Backend.Name, ProgrammedFrontends: len(have)}
 	failed, err := dryReplace(ctx, d, o.Node, o.Services)
 	if err != nil {
 		return nil, fmt.Errorf("compare the kernel with the desired state: %w", err)
@@ -142,7 +142,11 @@ func Kernel(ctx context.Context, o Options) (*Report, error) {
 		}
 	}
 	want := dataplane.StateOf(desired)
-	r.Desired = len(want)
+	ports := map[string]struct{}{}
+	for s := range desired {
+		ports[s.Key.Service()] = struct{}{}
+	}
+	r.DesiredPorts, r.DesiredFrontends = len(ports), len(want)
 	r.Services = compareServices(have, want, desired, o.Explain)
 	r.Objects = dryRun.Differences
 	slices.SortFunc(r.Objects, func(a, b dataplane.Difference) int {

@@ -80,8 +80,8 @@ func (r *Report) WriteSummary(w io.Writer) error {
 		problems[s.Problem][s.Service] = true
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "mode %s, %s, %s; Services: %d to add, %d to change, %d to remove\n",
-		r.Mode, count(r.DesiredServices, "Service port"), count(r.Desired, "frontend"),
+	fmt.Fprintf(&b, "mode %s, %s with %s: %d to add, %d to change, %d to remove\n",
+		r.Mode, count(r.DesiredPorts, "Service port"), count(r.DesiredFrontends, "frontend"),
 		len(problems[dataplane.Missing]), len(problems[dataplane.Differs]), len(problems[dataplane.Unexpected]))
 	objects := map[string]bool{}
 	for _, write := range r.Writes {
