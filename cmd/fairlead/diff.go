@@ -54,9 +54,10 @@ func diffCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   diffName,
 		Short: "Compare the kernel with the Services that it should have",
-		Long: `Compare what the kernel of this node holds with what "fairlead run" would program
-now for the objects of the API server or of --manifests. Lines with - show what
-the kernel holds, lines with + what it should hold. The command writes nothing.
+		Long: `Compare the state of this node's kernel with the state that "fairlead run" would
+program now for the objects of the API server or of --manifests. Lines with -
+show the kernel's state, lines with + the desired state. The command writes
+nothing.
 
 Without flags of "fairlead run", it uses the flags of the Fairlead that runs on
 this node, and its configuration file. A difference while Fairlead runs must

@@ -98,7 +98,7 @@ func TestDryRun(t *testing.T) {
 	// Rules of kube-proxy, and a flow that a start deletes.
 	n.nft("add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority -100; }; " +
 		"add rule ip kube-proxy nat udp dport 80 dnat to 192.0.2.77:80")
-	_, _ = connect(t.Context(), n.client, nettest.UDP, agenttest.ServiceAddrs(10, 80)[0]) // nobody answers
+	_, _ = connect(t.Context(), n.client, nettest.UDP, agenttest.ServiceAddrs(10, 80)[0]) // the endpoint does not exist
 	const timeout = "net/netfilter/nf_conntrack_tcp_timeout_close_wait"
 	before := struct {
 		generation         uint32

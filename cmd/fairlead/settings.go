@@ -77,8 +77,8 @@ func splitLogFlags(flags config.Flags, stderr io.Writer) (config.Flags, *slog.Lo
 // such as `fairlead cleanup`.
 var errOtherProgram = errors.New("it does not run `fairlead run`")
 
-// processSettings returns the settings of an agent that runs as this process. The settings are those
-// of its current configuration file.
+// processSettings returns the settings of an agent that runs as this process, with the current content
+// of its configuration file.
 func processSettings(pid int) (config.Config, error) {
 	folder := filepath.Join("/proc", strconv.Itoa(pid))
 	line, err := os.ReadFile(filepath.Join(folder, "cmdline"))

@@ -10,8 +10,8 @@ import (
 	"fairlead.io/fairlead/dataplane"
 )
 
-// WriteText writes the differences like diff(1): lines with - show what the kernel holds, lines with +
-// what is desired.
+// WriteText writes the differences like diff(1): lines with - show the kernel's state, lines with + the
+// desired state.
 func (r *Report) WriteText(w io.Writer) error {
 	var b strings.Builder
 	for _, s := range r.Services {
