@@ -244,12 +244,11 @@ func (k *Kernel) readNFT(ctx context.Context, opts Options) error {
 	}
 	for f, state := range tables.Frontends {
 		frontend := newFrontend(f, state)
-		list := endpointList{}
-		list.addBinding(state.Binding)
+		list := newEndpointList(state.Binding)
 		for addr, n := range counts[f] {
 			list.at(addr).Connections = n
 		}
-		frontend.Endpoints = list.sorted()
+		frontend.Endpoints = list
 		k.Frontends = append(k.Frontends, frontend)
 	}
 	return nil
@@ -306,8 +305,7 @@ func (k *Kernel) readIPVS(ctx context.Context, opts Options) error {
 	k.Retiring, k.ConnectionsCounted = state.Retiring, true
 	for f, s := range state.Frontends {
 		frontend := newFrontend(f, s.FrontendState)
-		list := endpointList{}
-		list.addBinding(s.Binding)
+		list := newEndpointList(s.Binding)
 		total := ipvs.Stats{}
 		for _, server := range s.Servers {
 			total = total.Add(server.Stats)
@@ -321,7 +319,7 @@ func (k *Kernel) readIPVS(ctx context.Context, opts Options) error {
 				e.Stats = &stats
 			}
 		}
-		frontend.Stats, frontend.Endpoints = &total, list.sorted()
+		frontend.Stats, frontend.Endpoints = &total, list
 		k.Frontends = append(k.Frontends, frontend)
 	}
 	return nil
@@ -336,37 +334,30 @@ func inactiveFlows(p dataplane.Protocol, d ipvs.Destination) int {
 	return int(d.Inactive)
 }
 
-// endpointList collects the endpoints of a frontend.
-type endpointList map[netip.AddrPort]*Endpoint
+// endpointList contains the endpoints of a frontend, sorted by address.
+type endpointList []Endpoint
 
-func (l endpointList) at(addr netip.AddrPort) *Endpoint {
-	e, ok := l[addr]
-	if !ok {
-		e = &Endpoint{Addr: addr}
-		l[addr] = e
-	}
-	return e
-}
-
-// addBinding adds the endpoints that accept new connections.
-func (l endpointList) addBinding(b dataplane.Binding) {
-	for _, e := range b.Endpoints {
-		at := l.at(e.Addr)
-		at.ForCluster, at.Local = true, e.Local
+// newEndpointList returns the endpoints that accept new connections.
+func newEndpointList(b dataplane.Binding) endpointList {
+	l := make(endpointList, 0, len(b.Endpoints))
+	for _, e := range b.Endpoints { // sorted
+		l = append(l, Endpoint{Addr: e.Addr, Local: e.Local, ForCluster: true})
 	}
 	for _, e := range b.LocalEndpoints {
 		at := l.at(e.Addr)
 		at.ForExternal, at.Local = true, e.Local
 	}
+	return l
 }
 
-func (l endpointList) sorted() []Endpoint {
-	all := make([]Endpoint, 0, len(l))
-	for _, e := range l {
-		all = append(all, *e)
+// at returns the endpoint with an address, which it adds if necessary. The result is valid until
+// the next call.
+func (l *endpointList) at(addr netip.AddrPort) *Endpoint {
+	i, found := slices.BinarySearchFunc(*l, addr, func(e Endpoint, addr netip.AddrPort) int { return e.Addr.Compare(addr) })
+	if !found {
+		*l = slices.Insert(*l, i, Endpoint{Addr: addr})
 	}
-	slices.SortFunc(all, func(a, b Endpoint) int { return a.Addr.Compare(b.Addr) })
-	return all
+	return &(*l)[i]
 }
 
 // explain adds how to get the missing capability to an error that wraps [fs.ErrPermission].
