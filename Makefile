@@ -50,9 +50,14 @@ IMAGE ?=
 push: image ## push the image to a registry and print its digest; IMAGE=REGISTRY/fairlead:TAG
 	@go run -C internal/release . push -layout='$(CURDIR)/bin/image' '$(IMAGE)'
 
+.PHONY: man
+man: ## write the man pages and the completions of shells to bin/man
+	rm -rf bin/man
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) go test ./cmd/fairlead -count=1 -run='^TestManPages$$' -man='$(CURDIR)/bin/man'
+
 .PHONY: deb
-deb: $(ARCHITECTURES:%=bin/linux-%/fairlead) ## build Debian packages for ARCHITECTURES in bin/deb
-	$(foreach arch,$(ARCHITECTURES),SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/debian/build.sh bin/linux-$(arch)/fairlead $(arch) '$(VERSION)' bin/deb/fairlead_$(arch).deb &&) true
+deb: $(ARCHITECTURES:%=bin/linux-%/fairlead) man ## build Debian packages for ARCHITECTURES in bin/deb
+	$(foreach arch,$(ARCHITECTURES),SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/debian/build.sh bin/linux-$(arch)/fairlead $(arch) '$(VERSION)' bin/deb/fairlead_$(arch).deb bin/man &&) true
 
 .PHONY: test-release
 test-release: deps image ## run the image in a container; install, remove and purge the Debian package (root)

@@ -40,21 +40,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer, setClient
 	context.AfterFunc(ctx, stop) // a second signal kills the process
 	ctx, hungUp, stopHangup := endOnHangup(ctx)
 	defer stopHangup()
-	root := &cobra.Command{
-		Use:   "fairlead",
-		Short: "Implement Kubernetes Services on this node",
-		Long: `Fairlead programs the kernel of a node to forward connections for Kubernetes Services
-to their endpoints.`,
-		SilenceUsage:  true,
-		SilenceErrors: true,
-	}
+	root := rootCommand(setClientLogger) //nolint:contextcheck // cobra passes ctx to the commands
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
-	})
-	root.AddCommand(runCommand(setClientLogger), checkCommand(), cleanupCommand(), versionCommand(), getCommand(), topCommand(), diffCommand(), reportCommand()) //nolint:contextcheck // cobra passes ctx to them
 	cmd, err := root.ExecuteContextC(ctx)
 	if errors.Is(err, errDifferences) {
 		return exitDifferences
@@ -72,6 +61,23 @@ to their endpoints.`,
 		return exitHangup
 	}
 	return 0
+}
+
+// rootCommand returns the command with all subcommands.
+func rootCommand(setClientLogger func(*slog.Logger)) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "fairlead",
+		Short: "Implement Kubernetes Services on this node",
+		Long: `Fairlead programs the kernel of a node to forward connections for Kubernetes Services
+to their endpoints.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
+	})
+	root.AddCommand(runCommand(setClientLogger), checkCommand(), cleanupCommand(), versionCommand(), getCommand(), topCommand(), diffCommand(), reportCommand())
+	return root
 }
 
 // exitHangup is the exit code after SIGHUP: 128 plus the number of the signal, as a shell reports

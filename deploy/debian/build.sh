@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Builds a Debian package from a static program:
 #
-#   build.sh PROGRAM ARCHITECTURE VERSION FILE
+#   build.sh PROGRAM ARCHITECTURE VERSION FILE [PAGES]
 #
-# ARCHITECTURE is a GOARCH. VERSION is the output of `git describe --always`. Two builds with
+# ARCHITECTURE is a GOARCH. VERSION is the output of `git describe --always`. PAGES is the
+# folder that `make man` has written. Two builds with
 # the same input and SOURCE_DATE_EPOCH are equal. Needs dpkg-deb, not root.
 set -euo pipefail
 
-program=$1 architecture=$2 version=$3 file=$4
+program=$1 architecture=$2 version=$3 file=$4 pages=${5:-}
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-0}
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -34,6 +35,15 @@ install -D -m 0755 "$program" "$root/usr/bin/fairlead"
 install -D -m 0644 "$here/fairlead.service" "$root/lib/systemd/system/fairlead.service"
 install -D -m 0644 "$here/config.yaml" "$root/etc/fairlead/config.yaml"
 install -D -m 0644 "$here/../../LICENSE" "$root/usr/share/doc/fairlead/copyright"
+if [ -n "$pages" ]; then
+	for page in "$pages"/man8/*.8; do
+		install -D -m 0644 "$page" "$root/usr/share/man/man8/${page##*/}"
+		gzip -9n "$root/usr/share/man/man8/${page##*/}"
+	done
+	install -D -m 0644 "$pages/completion/fairlead" "$root/usr/share/bash-completion/completions/fairlead"
+	install -D -m 0644 "$pages/completion/_fairlead" "$root/usr/share/zsh/vendor-completions/_fairlead"
+	install -D -m 0644 "$pages/completion/fairlead.fish" "$root/usr/share/fish/vendor_completions.d/fairlead.fish"
+fi
 mkdir "$root/DEBIAN"
 install -m 0755 "$here/postinst" "$here/prerm" "$here/postrm" "$root/DEBIAN/"
 echo /etc/fairlead/config.yaml >"$root/DEBIAN/conffiles"

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -20,11 +21,13 @@ import (
 // unit is the path of the systemd unit.
 const unit = repository + "/deploy/debian/fairlead.service"
 
-// buildPackage builds a Debian package of a program for this machine.
-func buildPackage(t *testing.T, program, version string) string {
+// buildPackage builds a Debian package of a program for this machine. pages is the folder with man
+// pages, or missing.
+func buildPackage(t *testing.T, program, version string, pages ...string) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "fairlead.deb")
-	cmd := exec.CommandContext(t.Context(), repository+"/deploy/debian/build.sh", program, runtime.GOARCH, version, file)
+	args := append([]string{program, runtime.GOARCH, version, file}, pages...)
+	cmd := exec.CommandContext(t.Context(), repository+"/deploy/debian/build.sh", args...)
 	cmd.Env = append(os.Environ(), "SOURCE_DATE_EPOCH=1700000000")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build.sh: %v\n%s", err, out)
@@ -84,6 +87,32 @@ func TestPackageVersion(t *testing.T) {
 			command(t, "dpkg", "--compare-versions", previous, "lt", got)
 		}
 		previous = got
+	}
+}
+
+// TestPackagePages checks that a package contains the man pages and the completions of shells.
+func TestPackagePages(t *testing.T) {
+	t.Parallel()
+	pages, root := t.TempDir(), t.TempDir()
+	for name, text := range map[string]string{
+		"man8/fairlead.8": ".TH fairlead", "man8/fairlead-get.8": ".TH fairlead-get",
+		"completion/fairlead": "bash", "completion/_fairlead": "zsh", "completion/fairlead.fish": "fish",
+	} {
+		path := filepath.Join(pages, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	command(t, "dpkg-deb", "--extract", buildPackage(t, smallProgram(t), "v1.2.3", pages), root)
+	if got := command(t, "zcat", filepath.Join(root, "usr/share/man/man8/fairlead-get.8.gz")); got != ".TH fairlead-get" {
+		t.Errorf("man page %q", got)
+	}
+	for path, want := range map[string]string{
+		"bash-completion/completions/fairlead": "bash", "zsh/vendor-completions/_fairlead": "zsh", "fish/vendor_completions.d/fairlead.fish": "fish",
+	} {
+		if got, err := os.ReadFile(filepath.Join(root, "usr/share", path)); err != nil || string(got) != want {
+			t.Errorf("%s: %q, error %v; want %q", path, got, err, want)
+		}
 	}
 }
 

@@ -288,6 +288,7 @@ func TestImageRuns(t *testing.T) {
 					t.Errorf("no %q in the status of the process:\n%s", want, status)
 				}
 			}
+			c.inspect()
 			if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
@@ -300,6 +301,26 @@ func TestImageRuns(t *testing.T) {
 				t.Errorf("exit code %d after SIGTERM, want 0", code)
 			}
 		})
+	}
+}
+
+// inspect runs commands that show the Services in the container, as `kubectl exec` does.
+func (c *container) inspect() {
+	c.t.Helper()
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"get", "services", "web"}, "10.96.0.10:80/TCP"},
+		{[]string{"get", "endpoints", "web", "-o", "json"}, `"state": "Ready"`},
+		{[]string{"get", "services", "-l", "app=none"}, "No resources found"},
+		{[]string{"__complete", "get", "services", "w"}, "web\n"},
+	} {
+		command := slices.Concat(c.args, []string{"exec", c.id, programPath}, test.args)
+		out, err := exec.CommandContext(c.t.Context(), "runc", command...).CombinedOutput()
+		if err != nil || !strings.Contains(string(out), test.want) {
+			c.t.Errorf("fairlead %s: error %v, output\n%s\nwant %q", strings.Join(test.args, " "), err, out, test.want)
+		}
 	}
 }
 
