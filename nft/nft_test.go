@@ -18,7 +18,7 @@ func open(t testing.TB, netns int) dataplane.Dataplane {
 }
 
 // TestBehaviour runs the dataplane test suite, which sends real packets, against this
-// backend.
+// backend. It also compares where each packet goes with what a Walker says.
 func TestBehaviour(t *testing.T) {
-	dataplanetest.Run(t, open, dataplanetest.Limitations{})
+	dataplanetest.RunExplained(t, open, dataplanetest.Limitations{}, explain)
 }

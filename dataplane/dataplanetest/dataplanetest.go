@@ -32,7 +32,14 @@ type Limitations struct {
 // Run runs the suite. Each test has its own network, and most tests run in parallel.
 func Run(t *testing.T, open Opener, limits Limitations) {
 	t.Helper()
-	s := suite{open: open, limitations: limits}
+	RunExplained(t, open, limits, nil)
+}
+
+// RunExplained runs the suite like Run. If explain is not nil, it also compares the explanation
+// of each connection with the result of the connection.
+func RunExplained(t *testing.T, open Opener, limits Limitations, explain Explainer) {
+	t.Helper()
+	s := suite{open: open, limitations: limits, explain: explain}
 	t.Run("Service with 1000 endpoints", s.testManyEndpoints)
 	t.Run("connections reach all endpoints", s.testConnectivity)
 	t.Run("endpoints are chosen evenly", s.testDistribution)
@@ -75,4 +82,5 @@ func Run(t *testing.T, open Opener, limits Limitations) {
 type suite struct {
 	open        Opener
 	limitations Limitations
+	explain     Explainer
 }

@@ -61,15 +61,20 @@ type topology struct {
 	dp         dataplane.Dataplane
 	node       dataplane.Node
 	programmed map[dataplane.Key]*dataplane.Service
+	explained  *explained // nil if the suite has no Explainer
 }
 
 // newBareTopology returns a topology without pods, for tests that send no packets.
 func newBareTopology(t *testing.T, s suite) *topology {
 	t.Helper()
-	topo := &topology{
-		t: t, open: s.open, net: nettest.NewT(t, nettest.Options{UniquePorts: s.limitations.NeedUniquePorts}),
-		programmed: map[dataplane.Key]*dataplane.Service{},
+	topo := &topology{t: t, open: s.open, programmed: map[dataplane.Key]*dataplane.Service{}}
+	options := nettest.Options{UniquePorts: s.limitations.NeedUniquePorts}
+	if s.explain != nil {
+		topo.explained = newExplained(t, s)
+		options.OnConnect = topo.explained.onConnect
 	}
+	topo.net = nettest.NewT(t, options)
+	topo.explained.setNode(topo.net.Node)
 	topo.node.PodCIDRs = topo.net.PodCIDRs
 	topo.dp = s.open(t, topo.net.Node.Fd())
 	t.Cleanup(func() {
@@ -165,6 +170,8 @@ func (topo *topology) newService(
 // replace makes the kernel hold exactly these Services.
 func (topo *topology) replace(services ...*dataplane.Service) {
 	topo.t.Helper()
+	topo.explained.startChange()
+	defer topo.explained.endChange()
 	if err := topo.dp.Replace(topo.t.Context(), topo.node, slices.Values(services), nil); err != nil {
 		topo.t.Fatalf("Replace: %v", err)
 	}
@@ -205,6 +212,8 @@ func (topo *topology) applyChanges(changes []dataplane.Change) {
 // changes.
 func (topo *topology) applyUnchecked(changes []dataplane.Change) {
 	topo.t.Helper()
+	topo.explained.startChange()
+	defer topo.explained.endChange()
 	if err := topo.dp.Apply(topo.t.Context(), changes); err != nil {
 		topo.t.Fatalf("Apply: %v", err)
 	}

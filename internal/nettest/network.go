@@ -34,6 +34,19 @@ type Options struct {
 	// clients always do. Otherwise the kernel chooses the port and may use one port for
 	// connections to different addresses.
 	UniquePorts bool
+	// OnConnect, if not nil, is called at the start of each [Host.Connect] and
+	// [Host.ConnectFrom] of the network's hosts. The function that it returns, if not nil, is
+	// called with the result.
+	OnConnect func(ConnectAttempt) func(Answer, error)
+}
+
+// ConnectAttempt is a connection that a host is about to open.
+type ConnectAttempt struct {
+	From    *Host
+	Network string // tcp, udp or sctp
+	// Source is the client's address. It is zero if the kernel selects it.
+	Source netip.Addr
+	To     netip.AddrPort
 }
 
 // Network is a node, its pods, and a host outside the pod network. Its methods may be called
@@ -52,6 +65,7 @@ type Network struct {
 
 	name        string
 	uniquePorts bool
+	onConnect   func(ConnectAttempt) func(Answer, error)
 
 	mu       sync.Mutex
 	links    int          // number of links created; used in link names and hardware addresses
@@ -88,7 +102,7 @@ func gateways() []netip.Addr {
 
 // New creates a network without pods. The caller closes it.
 func New(options Options) (*Network, error) {
-	n := &Network{name: options.Name, uniquePorts: options.UniquePorts, PodCIDRs: options.PodCIDRs, pods: map[string]*Host{}}
+	n := &Network{name: options.Name, uniquePorts: options.UniquePorts, onConnect: options.OnConnect, PodCIDRs: options.PodCIDRs, pods: map[string]*Host{}}
 	if len(n.PodCIDRs) == 0 {
 		n.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10:244::/64")}
 	}
@@ -206,6 +220,19 @@ func (h *Host) setSysctls(values map[string]string) error {
 // Addrs returns the addresses of the host, IPv4 first.
 func (h *Host) Addrs() []netip.Addr {
 	return slices.DeleteFunc([]netip.Addr{h.IPv4, h.IPv6}, func(a netip.Addr) bool { return !a.IsValid() })
+}
+
+// NodeInterface returns the name of the node's interface to the host. It is empty for the node
+// itself, and for a host that [Network.Attach] has attached.
+func (h *Host) NodeInterface() string {
+	switch {
+	case h.link != "":
+		return h.link
+	case h.network.Outside == h:
+		return "eth0"
+	default:
+		return ""
+	}
 }
 
 // AddAddr adds an address to the host's loopback device. Servers started later listen on it

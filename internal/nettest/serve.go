@@ -373,13 +373,14 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 }
 
 // ConnectFrom is [Host.Connect] for TCP from one of the host's addresses.
-func (h *Host) ConnectFrom(ctx context.Context, source netip.Addr, addr netip.AddrPort) (Answer, error) {
+func (h *Host) ConnectFrom(ctx context.Context, source netip.Addr, addr netip.AddrPort) (answer Answer, err error) {
+	defer func(done func(Answer, error)) { done(answer, err) }(h.observe(TCP, source, addr))
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
 	c := &Conn{description: fmt.Sprintf("%s from %s of %s to %s", TCP, source, h.Name, addr)}
 	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
 	dialer.SetMultipathTCP(false)
-	err := h.Do(func() error {
+	err = h.Do(func() error {
 		conn, err := dialer.DialContext(ctx, TCP, addr.String())
 		if err == nil {
 			c.conn, c.local = conn, addrPortOf(conn.LocalAddr())
@@ -389,7 +390,7 @@ func (h *Host) ConnectFrom(ctx context.Context, source netip.Addr, addr netip.Ad
 	if err != nil {
 		return Answer{}, c.wrap("connect", err)
 	}
-	answer, err := c.Ask(ctx)
+	answer, err = c.Ask(ctx)
 	return answer, errors.Join(err, c.Close())
 }
 
@@ -397,16 +398,27 @@ func (h *Host) ConnectFrom(ctx context.Context, source netip.Addr, addr netip.Ad
 func (c *Conn) Close() error { return c.conn.Close() }
 
 // Connect opens a connection, sends one request, and closes the connection.
-func (h *Host) Connect(ctx context.Context, network string, addr netip.AddrPort) (Answer, error) {
+func (h *Host) Connect(ctx context.Context, network string, addr netip.AddrPort) (answer Answer, err error) {
+	defer func(done func(Answer, error)) { done(answer, err) }(h.observe(network, netip.Addr{}, addr))
 	ctx, cancel := withTimeout(ctx)
 	defer cancel()
 	c, err := h.Open(ctx, network, addr)
 	if err != nil {
 		return Answer{}, err
 	}
-	answer, err := c.Ask(ctx)
+	answer, err = c.Ask(ctx)
 	if closeErr := c.Close(); err == nil && closeErr != nil {
 		err = fmt.Errorf("close %s: %w", c.description, closeErr)
 	}
 	return answer, err
+}
+
+// observe calls Options.OnConnect and returns the function to call with the result.
+func (h *Host) observe(network string, source netip.Addr, addr netip.AddrPort) func(Answer, error) {
+	if h.network.onConnect != nil {
+		if done := h.network.onConnect(ConnectAttempt{From: h, Network: network, Source: source, To: addr}); done != nil {
+			return done
+		}
+	}
+	return func(Answer, error) {}
 }
