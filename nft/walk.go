@@ -202,8 +202,8 @@ func (w *Walker) walk(host Host, p Packet) (*Walk, error) {
 // ErrNoTable is wrapped by the error of [Walker.Walk] if the table does not exist.
 var ErrNoTable = errors.New("the table does not exist")
 
-// ruleset is a source of rules and elements.
-type ruleset interface {
+// packetRules is a source of rules and elements.
+type packetRules interface {
 	baseChains() ([]*nftables.Chain, error)
 	rules(chain string) ([]rule, error)
 	// find returns the element with a key, or the interval that contains it. The value of a
@@ -212,7 +212,7 @@ type ruleset interface {
 }
 
 // walk follows all branches of a packet's path.
-func walk(t *table, r ruleset, host Host, p Packet) (*Walk, error) {
+func walk(t *table, r packetRules, host Host, p Packet) (*Walk, error) {
 	base, err := r.baseChains()
 	if err != nil {
 		return nil, err
@@ -232,8 +232,9 @@ func walk(t *table, r ruleset, host Host, p Packet) (*Walk, error) {
 		if !slices.Contains(w.Outcomes, b.outcome) {
 			w.Outcomes = append(w.Outcomes, b.outcome)
 		}
-		// Continue with the last choice that has another alternative.
-		choices = b.choices
+		// Continue with the last choice that has another alternative. A branch makes fewer
+		// choices than the one before if the affinity maps have changed meanwhile.
+		choices = b.choices[:b.drawn]
 		for len(choices) > 0 && choices[len(choices)-1]+1 >= b.alternatives[len(choices)-1] {
 			choices = choices[:len(choices)-1]
 		}
@@ -251,7 +252,7 @@ func walk(t *table, r ruleset, host Host, p Packet) (*Walk, error) {
 // branch is one path of a packet, for one sequence of random choices.
 type branch struct {
 	table   *table
-	ruleset ruleset
+	ruleset packetRules
 	host    Host
 	base    []*nftables.Chain
 	packet  Packet
