@@ -64,6 +64,8 @@ type testNode struct {
 
 	// executable is a link to the test binary under another name, or empty.
 	executable string
+	// environment contains additional variables of the program.
+	environment []string
 }
 
 // newTestNode creates a node with pods that serve TCP and UDP. The folder of manifests is empty.
@@ -361,7 +363,7 @@ func (n *testNode) start(attributes *syscall.SysProcAttr, args ...string) *proce
 	p := &process{t: n.t, log: &logBuffer{}, ended: make(chan struct{})}
 	p.cmd = exec.CommandContext(n.t.Context(), cmp.Or(n.executable, "/proc/self/exe"), args...)
 	// The race detector makes each process sleep for a second at its end.
-	p.cmd.Env = []string{runProgramEnv + "=1", "GORACE=atexit_sleep_ms=0"}
+	p.cmd.Env = append([]string{runProgramEnv + "=1", "GORACE=atexit_sleep_ms=0"}, n.environment...)
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
 	p.cmd.SysProcAttr = attributes
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }

@@ -79,11 +79,11 @@ func Write(ctx context.Context, w io.Writer, folder string, parts []Part) (Summa
 	for _, p := range parts {
 		start := time.Now()
 		content, err := collect(ctx, p)
-		content = Redact(content)
 		if len(content) > maxFileBytes {
 			content = content[:maxFileBytes]
 			err = errors.Join(err, fmt.Errorf("only the first %d MiB are in the report", maxFileBytes>>20))
 		}
+		content = Redact(content)
 		file := FileSummary{Name: p.Name, Bytes: len(content), DurationSeconds: time.Since(start).Seconds()}
 		if err != nil {
 			file.Error = string(Redact([]byte(err.Error())))
