@@ -109,7 +109,7 @@ test: deps nftables controlplane kube-proxy ## run all tests except e2e with the
 
 .PHONY: test-page
 test-page: deps ## test the status page in Chromium (root); FAIRLEAD_SCREENSHOTS=FOLDER keeps pictures
-	cd test/statuspage && go vet ./... && go test -count=1 -timeout=5m ./...
+	cd test/statuspage && go vet ./... && go test -count=1 -timeout=10m ./...
 
 .PHONY: test-chart
 test-chart: controlplane ## test the Helm chart and the manifests in deploy; the first build takes some minutes

@@ -3,6 +3,7 @@ package pipeline_test
 import (
 	"context"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 	"testing"
@@ -56,6 +57,13 @@ func TestPipeline(t *testing.T) {
 	p.Syncer.FinishInitialList()
 	go func() { ended <- p.Syncer.Run(ctx) }()
 	wait()
+	states := map[string]int{}
+	for s := range p.Services() {
+		states[s.Name.String()] = len(s.Ports)
+	}
+	if want := map[string]int{"default/web": 1, "kube-system/dns": 1}; !maps.Equal(states, want) {
+		t.Errorf("Services with the number of their ports: %v, want %v", states, want)
+	}
 	p.SetAheadOfOthers(false)
 	wait()
 	p.Program(p.Configure(kube.Options{DetectLocal: kube.DetectLocal{ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}}))

@@ -133,6 +133,7 @@ func TestLayout(t *testing.T) {
 		server.CloseClientConnections() // streams do not end by themselves
 		server.Close()
 	})
+	b := newBrowser(t)
 	for _, test := range []struct {
 		name          string
 		width, height int64
@@ -145,7 +146,7 @@ func TestLayout(t *testing.T) {
 		{name: "phone-light", width: 390, height: 1500},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			b := newBrowser(t)
+			b.t = t
 			b.emulate(test.width, test.height, test.dark)
 			b.run(chromedp.Navigate(server.URL), chromedp.WaitVisible(`.services-table`), chromedp.WaitVisible(`.connection[data-state=on]`))
 			var overflow []string
