@@ -197,7 +197,7 @@ func (r *diffReport) headline() string {
 	if r.IsEmpty() {
 		return "no differences"
 	}
-	return fmt.Sprintf("differences in %d Services and %d other objects", len(r.Services), len(r.Objects))
+	return fmt.Sprintf("differences in %d Service ports and %d other objects", r.DifferingPorts(), len(r.Objects))
 }
 
 func (d *differ) report(ctx context.Context, s *desired.State) (*diffReport, error) {

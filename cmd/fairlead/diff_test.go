@@ -2,10 +2,12 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"fairlead.io/fairlead/internal/agent/agenttest"
@@ -157,4 +159,39 @@ func (n *testNode) flows() string {
 func (n *testNode) sysctls() string {
 	n.t.Helper()
 	return n.command("sysctl", "-a", "-r", `^net\.(netfilter\.nf_conntrack_(max|tcp|udp|buckets)|ipv4\.(ip_forward|vs)|ipv4\.conf\.(all|default)\.)`)
+}
+
+// TestDiffWatch checks that --watch prints differences when they appear and when they are gone.
+func TestDiffWatch(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.run()
+	n.stop()
+	watch := n.start(nil, append([]string{diffName, "--watch"}, n.runArgs()[1:]...)...)
+	await := func(lines ...string) {
+		t.Helper()
+		agenttest.Eventually(t, func() error {
+			rest := watch.log.String()
+			for _, line := range lines {
+				_, after, found := strings.Cut(rest, line)
+				if !found {
+					return fmt.Errorf("no %q, or not in this order, in:\n%s", line, watch.log.String())
+				}
+				rest = after
+			}
+			return nil
+		})
+	}
+	await(": no differences\n")
+	n.writePods("backend", "a")
+	await(": no differences\n", ": differences in 2 Service ports and ", "Service default/backend:tcp: different\n")
+	n.removeFile("pod-a.yaml")
+	await(": no differences\n", ": differences in 2 Service ports and ", ": no differences\n")
+	if err := watch.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if code := watch.wait(); code != 0 {
+		t.Errorf("exit code %d after SIGTERM, want 0", code)
+	}
 }

@@ -96,6 +96,15 @@ func (r *Report) IsEmpty() bool {
 	return len(r.Services) == 0 && len(r.Objects) == 0 && len(r.Writes) == 0
 }
 
+// DifferingPorts returns the number of Service ports with differences.
+func (r *Report) DifferingPorts() int {
+	names := map[string]struct{}{}
+	for _, s := range r.Services {
+		names[s.Service] = struct{}{}
+	}
+	return len(names)
+}
+
 // Count returns the number of writes of an operation to objects of a kind.
 func (r *Report) Count(op, object string) int {
 	n := 0
