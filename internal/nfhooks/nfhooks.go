@@ -58,7 +58,7 @@ type Chain struct {
 // String returns the chain in nft's notation.
 func (c Chain) String() string { return fmt.Sprintf("chain %s %s %s", c.Family, c.Table, c.Name) }
 
-// Function is a function that the kernel calls at a hook, in the order of the calls.
+// Function is a function that the kernel calls at a hook.
 type Function struct {
 	Priority int32
 	// Name describes a base chain as in [Chain.String], or is the name of the kernel's function
@@ -197,11 +197,12 @@ const (
 	hookChainInfo = 6
 	infoDesc      = 1
 	descTable     = 1
+	descFamily    = 2
 	descName      = 3
 )
 
 // Functions returns the functions that the kernel calls for packets of a family, ip or ip6, at a
-// hook. The error is [ErrUnsupported] if the kernel cannot list them.
+// hook, in the order of the calls. The error is [ErrUnsupported] if the kernel cannot list them.
 func (c *Conn) Functions(family string, hook Hook) ([]Function, error) {
 	number := byte(unix.NFPROTO_IPV4)
 	if family == "ip6" {
@@ -255,6 +256,8 @@ func parseFunction(m netlink.Message) (Function, error) {
 					switch desc.Type() {
 					case descTable:
 						table = desc.String()
+					case descFamily: // inet chains have functions in the families ip and ip6
+						family = familyName(desc.Uint8())
 					case descName:
 						chain = desc.String()
 					}

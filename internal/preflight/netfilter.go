@@ -1,7 +1,6 @@
 package preflight
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -28,70 +27,56 @@ func (c *checker) checkNetfilter() {
 	c.reportMasquerading(conn, chains)
 }
 
-// reportTranslators reports the order in which NAT rules see new connections.
+// reportTranslators reports the order in which NAT rules and IPVS see new connections.
 func (c *checker) reportTranslators(conn *nfhooks.Conn, chains []nfhooks.Chain) {
 	const check = "translation-order"
 	for _, family := range []string{"ip", "ip6"} {
-		for _, hook := range []nfhooks.Hook{nfhooks.Prerouting, nfhooks.Output} {
-			order, err := conn.Functions(family, hook)
-			if errors.Is(err, nfhooks.ErrUnsupported) {
-				order = natChains(chains, family, hook)
-			} else if err != nil {
+		for _, hook := range []nfhooks.Hook{nfhooks.Prerouting, nfhooks.Input, nfhooks.Output} {
+			order, err := conn.Translators(chains, family, hook)
+			if err != nil {
 				c.error(check, err)
 				return
 			}
-			var names []string
-			for _, f := range order {
-				if translates(f, chains) {
-					names = append(names, fmt.Sprintf("%s (priority %d)", f.Name, f.Priority))
-				}
+			if len(order) > 0 {
+				c.Add(check, Info, "", "%s %s: %s", family, hook, describeOrder(order))
 			}
-			if len(names) > 0 {
-				c.Add(check, Info, "", "%s %s: %s", family, hook, strings.Join(names, ", then "))
-			}
-			c.reportPredecessors(family, hook, order, chains)
+			c.reportPredecessors(family, hook, order)
 		}
 	}
 }
 
-// reportPredecessors warns about NAT rules that see new connections before a running Fairlead.
-func (c *checker) reportPredecessors(family string, hook nfhooks.Hook, order []nfhooks.Function, chains []nfhooks.Chain) {
+// describeOrder lists functions. The order of functions with the same priority is unknown.
+func describeOrder(order []nfhooks.Function) string {
+	var text strings.Builder
+	for i, f := range order {
+		switch {
+		case i == 0:
+		case f.Priority == order[i-1].Priority:
+			text.WriteString(" and ")
+		default:
+			text.WriteString(", then ")
+		}
+		fmt.Fprintf(&text, "%s (priority %d)", f.Name, f.Priority)
+	}
+	return text.String()
+}
+
+// reportPredecessors reports NAT rules that see new connections before a running Fairlead.
+func (c *checker) reportPredecessors(family string, hook nfhooks.Hook, order []nfhooks.Function) {
 	if c.holder == nil {
 		return
 	}
-	ours := slices.IndexFunc(order, func(f nfhooks.Function) bool { return isFairleadFunction(f) && translates(f, chains) })
+	ours := slices.IndexFunc(order, isFairleadFunction)
 	for _, f := range order[:max(0, ours)] {
-		if translates(f, chains) && !isFairleadFunction(f) {
+		if f.Priority < order[ours].Priority {
 			c.Add("translation-order", Info, "", "%s %s: %s translates connections before Fairlead, which leaves those connections to it", family, hook, f.Name)
 		}
 	}
 }
 
-// translates reports whether a function is a NAT chain of nf_tables or the NAT of iptables-legacy,
-// or belongs to IPVS.
-func translates(f nfhooks.Function, chains []nfhooks.Chain) bool {
-	return strings.Contains(f.Name, "module iptable_nat") || strings.Contains(f.Name, "module ip6table_nat") || strings.Contains(f.Name, "module ip_vs") ||
-		slices.ContainsFunc(chains, func(chain nfhooks.Chain) bool {
-			return chain.Type == "nat" && chain.String() == f.Name
-		})
-}
-
 func isFairleadFunction(f nfhooks.Function) bool {
 	words := strings.Fields(f.Name)
 	return len(words) == 4 && isFairlead(words[2])
-}
-
-// natChains returns the NAT chains of a family at a hook by priority. The order of chains with
-// the same priority is unknown.
-func natChains(chains []nfhooks.Chain, family string, hook nfhooks.Hook) []nfhooks.Function {
-	var functions []nfhooks.Function
-	for _, chain := range chains {
-		if chain.Type == "nat" && chain.Hook == hook && (chain.Family == family || chain.Family == "inet") {
-			functions = append(functions, nfhooks.Function{Priority: chain.Priority, Name: chain.String()})
-		}
-	}
-	slices.SortStableFunc(functions, func(a, b nfhooks.Function) int { return int(a.Priority) - int(b.Priority) })
-	return functions
 }
 
 // reportDroppers reports chains that drop packets which no rule accepts. Whether a rule accepts a

@@ -31,6 +31,8 @@ func guestPrograms() []string {
 		"sh", "bash", "ip", "ss", "nft", "ipvsadm", "redis-server", "redis-cli", "curl",
 		// For kube-proxy, with the plugins in iptablesPlugins.
 		"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore", "ipset",
+		"iptables-nft", "ip6tables-nft", "xtables-nft-multi", "xtables-legacy-multi",
+		"iptables-legacy", "ip6tables-legacy", "iptables-legacy-save", "ip6tables-legacy-save",
 	}
 }
 
