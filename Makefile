@@ -182,11 +182,14 @@ ACCEL ?= tcg
 # machine's kernel, which is newer, so each virtual machine runs a part: the oldest kernel the
 # behavior with real packets, including SCTP, and the other one the tests of what newer kernels
 # do differently: owned tables, dumps and element statements. The tests of ipvs run nowhere
-# else, so none is skipped. cmd/fairlead: only the tests with the build tag.
+# else, so none is skipped. cmd/fairlead: only tests with the build tag; those of the migration
+# from kube-proxy (migrate_ipvs_test.go) take long and run with RUN.
 VMRUN-nft-6.1 := ^(TestBehaviour|TestSwitchTranslator|TestWatchRecovers)$$
 VMSKIP-nft-6.1 := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoints|Read_returns)
 VMRUN-nft-6.12 := ^(TestDrift|TestTableOwnership|TestOwnershipHandover|TestDumpDuringResize|TestElementStatementsRemoved)$$
 VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go | paste -sd '|'))$$
+# Additional files for the tests of cmd/fairlead.
+VMWITH-cmd := $(if $(wildcard .cache/kube-proxy/kube-proxy),-with=$(CURDIR)/.cache/kube-proxy/kube-proxy)
 
 # On other architectures, the behaviors whose rules contain numbers in different byte orders.
 VMRUN-arch := ^TestBehaviour$$/^(connections_reach_all_endpoints|connections_without_endpoints_are_rejected|masquerade_policies$\
@@ -198,9 +201,9 @@ VM = $(CURDIR)/bin/vm run -arch=$(ARCH) -accel=$(ACCEL)
 # Programs for virtual machines are static and use only instructions that QEMU emulates.
 # GOGC=400 trades memory for time, because the emulated processor is slow.
 VMGO = CGO_ENABLED=0 GOARCH=$(ARCH) GOAMD64=v1 GOGC=400 GOFLAGS='$(GOFLAGS) -tags=ipvs$(if $(filter-out amd64,$(ARCH)), -trimpath)' go
-# Arguments: kernel, packages, pattern of tests to skip, pattern of tests to run. The patterns
-# apply only to a run of all tests, that is if RUN is a single dot.
-VMTEST = $(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -exec='$(VM) -kernel=$(1)' \
+# Arguments: kernel, packages, pattern of tests to skip, pattern of tests to run, flags of vm. The
+# patterns apply only to a run of all tests, that is if RUN is a single dot.
+VMTEST = $(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -exec='$(VM) -kernel=$(1) $(5)' \
 	$(if $(filter .,$(RUN)),$(if $(FULL),,-short $(if $(3),-skip='$(3)')) $(if $(4),-run='$(4)'),-v -run='$(RUN)') $(2)
 
 .PHONY: vm
@@ -217,7 +220,7 @@ test-vm-%: others = $(filter-out ./nft ./cmd/fairlead,$(PKG))
 test-vm-%: FORCE
 	$(if $(others),$(call VMTEST,$*,$(others)))
 	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,./nft,$(VMSKIP-nft-$*),$(if $(FULL),,$(call VMRUN-nft,$*))))
-	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,,$(VMRUN-cmd)))
+	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,,$(VMRUN-cmd),$(if $(filter .,$(RUN)),,$(VMWITH-cmd))))
 
 FORCE:
 

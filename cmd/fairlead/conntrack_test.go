@@ -51,14 +51,21 @@ func TestStaleUDPFlows(t *testing.T) {
 // untranslated connection-tracking entry for this SYN, which it does not translate later.
 func TestConnectAfterLostTables(t *testing.T) {
 	t.Parallel()
-	n := newTestNode(t, "a")
+	newTestNode(t, "a").checkConnectAfterLoss("nft flush ruleset")
+}
+
+// checkConnectAfterLoss runs the program with the arguments, and the commands that lose its kernel
+// state.
+func (n *testNode) checkConnectAfterLoss(lose string, args ...string) {
+	t := n.t
+	t.Helper()
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a")
-	n.run()
+	n.run(args...)
 	addrs := agenttest.ServiceAddrs(10, 80)
 	n.awaitAnswers(addrs, "a")
 	n.stop()
-	n.nft("flush", "ruleset")
+	n.command("sh", "-ec", lose)
 	// While the tables are lost, no host answers packets to cluster IPs.
 	agenttest.Command(t, n.Outside, "nft", "add table inet silent; add chain inet silent in { type filter hook prerouting priority raw; policy drop; }")
 	// Without rules nothing would track connections.
@@ -70,7 +77,7 @@ func TestConnectAfterLostTables(t *testing.T) {
 			t.Fatalf("%s without tables: error %v, want a timeout", addr, err)
 		}
 	}
-	n.run()
+	n.run(args...)
 	for i, addr := range addrs {
 		family := dataplane.FamilyOf(addr.Addr()).String()
 		n.awaitMetric("127.0.0.1:10249", fmt.Sprintf(`kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=%q} 1`, family))

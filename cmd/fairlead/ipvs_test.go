@@ -23,30 +23,40 @@ func (n *testNode) runIPVS(args ...string) {
 	n.program.awaitLog(func(r record) bool { return r.Msg == "no kernel state of another mode remains" })
 }
 
-// TestSwitchModes switches to ipvs mode and back. Connections must always succeed, and no kernel
-// state of the previous mode may remain.
+// TestSwitchModes switches to ipvs mode and back. New connections must always succeed, and no kernel
+// state of the previous mode may remain. Established TCP connections and UDP flows that connection
+// tracking translates survive. The switch back removes the virtual servers. TCP connections through
+// them continue only if nftables selects the same endpoint again, so the test does not require it.
 func TestSwitchModes(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b")
+	addrs := agenttest.ServiceAddrs(10, 80)
 	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
 	n.writePods("backend", "a", "b")
 	n.run()
-	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a", "b")
-	stop := n.keepConnecting(agenttest.ServiceAddrs(10, 80))
+	n.awaitAnswers(addrs, "a", "b")
+	stop := n.keepConnecting(addrs)
+	before := n.establish(addrs)
 	n.stop()
 
 	n.runIPVS()
-	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a", "b")
+	n.awaitAnswers(addrs, "a", "b")
 	if listing := n.nft("list", "tables"); strings.Contains(listing, "fairlead\n") || !strings.Contains(listing, ipvs.TableName) {
 		t.Errorf("tables in ipvs mode:\n%s", listing)
 	}
 	n.awaitGet(n.Node, "127.0.0.1:10249", "/proxyMode", http.StatusOK, "ipvs")
+	before.checkOpen("the switch to ipvs mode")
+	ofIPVS := n.establish(addrs)
 	n.stop()
 
 	n.run()
 	n.program.awaitLog(func(r record) bool { return r.Msg == "no kernel state of another mode remains" })
-	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a", "b")
+	n.awaitAnswers(addrs, "a", "b")
 	stop()
+	before.checkOpen("the switch to nft mode")
+	t.Logf("%d of %d TCP connections through IPVS survive", ofIPVS.tcp.countOpen(t), len(ofIPVS.tcp))
+	ofIPVS.tcp = nil
+	ofIPVS.checkOpen("the switch to nft mode")
 	if listing := n.nft("list", "tables"); strings.Contains(listing, ipvs.TableName) || !strings.Contains(listing, "fairlead\n") {
 		t.Errorf("tables in nft mode:\n%s", listing)
 	}

@@ -223,7 +223,7 @@ func (n *migrationNode) startKubeProxy() {
 			return
 		}
 		if time.Now().After(deadline) {
-			n.t.Fatalf("kube-proxy has no rule for endpoint %s", missing)
+			n.t.Fatalf("kube-proxy has not programmed %s", missing)
 		}
 		time.Sleep(100 * time.Millisecond) // leaves CPU time to kube-proxy
 	}
@@ -234,22 +234,28 @@ func (n *migrationNode) environment() []string {
 	return append(os.Environ(), "PATH="+n.bin+":"+os.Getenv("PATH"))
 }
 
-// missingEndpoints returns an endpoint without a rule of kube-proxy, or "".
+// missingEndpoints returns an endpoint or another object that kube-proxy has not programmed, or "".
 func (n *migrationNode) missingEndpoints() string {
 	n.t.Helper()
 	list := "nft list table ip kube-proxy; nft list table ip6 kube-proxy"
+	var want []string
 	switch n.mode {
 	case "iptables":
 		list = "iptables-save; ip6tables-save"
 	case "ipvs":
-		list = "ipvsadm -Ln"
+		// Fairlead can have the same virtual servers. kube-proxy adds its iptables rules last.
+		list = "ipvsadm -Ln; ip -o address show dev kube-ipvs0; iptables-save; ip6tables-save"
+		want = []string{"inet 10.96.0.10/32", "inet6 fd00:10:96::a/128", "--match-set KUBE-CLUSTER-IP", "--match-set KUBE-6-CLUSTER-IP"}
 	}
-	rules, _ := n.shell(list + " 2>&1") // fails before kube-proxy has created its tables
 	for _, pod := range n.pods {
 		for _, addr := range pod.Addrs() {
-			if !strings.Contains(rules, addr.String()) {
-				return addr.String()
-			}
+			want = append(want, addr.String())
+		}
+	}
+	rules, _ := n.shell("(" + list + ") 2>&1 || true") // fails before kube-proxy has created its objects
+	for _, object := range want {
+		if !strings.Contains(rules, object) {
+			return object
 		}
 	}
 	return ""

@@ -321,9 +321,9 @@ func (n *testNode) generation() uint32 {
 }
 
 // run starts `fairlead run` on the node and waits for its first commit.
-func (n *testNode) run() {
+func (n *testNode) run(args ...string) {
 	n.t.Helper()
-	n.program = n.start(nil, n.runArgs()...)
+	n.program = n.start(nil, append(n.runArgs(), args...)...)
 	n.program.awaitLog(func(r record) bool { return r.Msg == "committed" && r.Reason == "start" })
 }
 
