@@ -76,7 +76,7 @@ to their endpoints.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(runCommand(setClientLogger), checkCommand(), cleanupCommand(), versionCommand(), getCommand(), topCommand(), diffCommand(), reportCommand())
+	root.AddCommand(runCommand(setClientLogger), checkCommand(), cleanupCommand(), versionCommand(), getCommand(), topCommand(), diffCommand(), reportCommand(), traceCommand())
 	return root
 }
 

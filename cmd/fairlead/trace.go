@@ -28,6 +28,7 @@ import (
 type traceOptions struct {
 	output, namespace string
 	timeout           time.Duration
+	live              bool
 }
 
 func traceCommand() *cobra.Command {
@@ -41,7 +42,9 @@ and field decides each step. FROM is a pod (NAMESPACE/NAME), an address, or
 "node" for a connection of the node itself. TO is a Service (NAME,
 NAMESPACE/NAME or NAME.NAMESPACE), an address or localhost.
 
-The command evaluates the rules in the kernel and sends no packet. If it finds
+The command evaluates the rules in the kernel and sends no packet. With --live, it
+waits for the connection and follows its first packet through the rules of all
+nftables tables. If it finds
 the settings of Fairlead, as flags of "fairlead run" or from the Fairlead that
 runs on this node, it also reads the objects, explains which endpoints receive no
 connections and why, and shows where the kernel differs from the desired state.`,
@@ -54,12 +57,13 @@ connections and why, and shows where the kernel differs from the desired state.`
 			if o.output != "text" && o.output != "json" {
 				return fmt.Errorf("--output: unknown format %q: use text or json", o.output)
 			}
-			return runTrace(cmd.Context(), flags, o, args[0], args[1], cmd.OutOrStdout())
+			return runTrace(cmd.Context(), flags, o, args[0], args[1], cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
 	flags = config.AddFlags(cmd)
 	cmd.Flags().StringVarP(&o.output, "output", "o", "text", "format of the explanation: text or json")
 	cmd.Flags().StringVarP(&o.namespace, "namespace", "n", "default", "namespace of pods and Services without one")
+	cmd.Flags().BoolVar(&o.live, "live", false, "wait for this connection and follow its first packet through the rules")
 	cmd.Flags().DurationVar(&o.timeout, "timeout", 10*time.Second, "time to wait for all objects of the API server")
 	return cmd
 }
@@ -76,7 +80,7 @@ type tracer struct {
 }
 
 // runTrace implements `fairlead trace`.
-func runTrace(ctx context.Context, flags config.Flags, o traceOptions, from, to string, out io.Writer) error {
+func runTrace(ctx context.Context, flags config.Flags, o traceOptions, from, to string, out, errOut io.Writer) error {
 	target, err := trace.ParseTarget(to)
 	if err != nil {
 		return err
@@ -106,6 +110,9 @@ func runTrace(ctx context.Context, flags config.Flags, o traceOptions, from, to 
 	c, protocol, err := t.connection(from, to, target)
 	if err != nil {
 		return err
+	}
+	if o.live {
+		return followLive(ctx, o, c, protocol, out, errOut)
 	}
 	report, err := trace.Explain(c, protocol, t.host, t.walker, t.desired)
 	if err != nil {
@@ -296,4 +303,20 @@ func (t *tracer) explainUnknown(err error, target trace.Target) error {
 		return fmt.Errorf("destination %q: Service %s/%s is not served: %s", target.Host, namespace, name, reason)
 	}
 	return err
+}
+
+// followLive waits for the connection and prints its path.
+func followLive(ctx context.Context, o traceOptions, c trace.Connection, p dataplane.Protocol, out, errOut io.Writer) error {
+	path, err := trace.Follow(ctx, c, p, func() {
+		_, _ = fmt.Fprintf(errOut, "waiting for a connection from %s to %s/%s; press Ctrl+C to end\n", c.Source, c.Destination, p)
+	})
+	if err != nil || len(path.Events) == 0 {
+		return err
+	}
+	if o.output == "json" {
+		encoder := json.NewEncoder(out)
+		encoder.SetIndent("", "  ")
+		return encoder.Encode(path)
+	}
+	return path.WriteText(out)
 }
