@@ -285,7 +285,7 @@ func (r *Recorder) addFailures(c sync.Commit) {
 // compareEndpoints returns the first endpoints that only one of two sorted lists has.
 func compareEndpoints(before, after []dataplane.Endpoint) (added, removed []netip.AddrPort) {
 	for len(before)+len(after) > 0 && (len(added) < maxNamedEndpoints || len(removed) < maxNamedEndpoints) {
-		order := 0
+		var order int
 		switch {
 		case len(before) == 0:
 			order = 1

@@ -81,7 +81,7 @@ func Desired(read func(context.Context) (*desired.State, error)) Part {
 		}
 		var lines []map[string]any
 		for s := range state.All() {
-			lines = append(lines, map[string]any{"service": s.Key.String(), "frontends": frontendTexts(s.Frontends), "spec": s.ServiceSpec.String()})
+			lines = append(lines, map[string]any{"service": s.Key.String(), "frontends": frontendTexts(s.Frontends), "spec": s.String()})
 		}
 		err = marshalLines(&buffer, lines)
 		return buffer.Bytes(), err

@@ -251,7 +251,7 @@ func servicesNode(found selected) g.Node {
 	return append(nodes, h.Table(
 		h.Class("services-table"), h.Aria("labelledby", "services-title"),
 		h.THead(h.Tr(column("Service"), column("State"), column("Frontends"), column("Endpoints"))),
-		h.TBody(g.Map(found.services, func(s indexed) g.Node { return found.serviceRow(s) })),
+		h.TBody(g.Map(found.services, found.serviceRow)),
 	), pagerNode(found))
 }
 
@@ -431,6 +431,7 @@ func changeNode(c history.Change) g.Node {
 		return g.Text("added, " + countText(c.After))
 	case history.Removed:
 		return g.Text("removed")
+	case history.Updated:
 	}
 	if len(c.AddedEndpoints)+len(c.RemovedEndpoints) == 0 {
 		return g.Text("settings or frontends changed")
