@@ -54,7 +54,8 @@ type Destination struct {
 	Stats            Stats
 }
 
-// Stats counts what a virtual server or a destination has handled since it was added.
+// Stats counts what a virtual server or a destination has handled since it was added. The kernel
+// updates the counts every two seconds (net/netfilter/ipvs/ip_vs_est.c).
 type Stats struct {
 	Connections, InPackets, OutPackets, InBytes, OutBytes uint64
 }

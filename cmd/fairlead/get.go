@@ -245,10 +245,12 @@ func (g *getter) watch(ctx context.Context, last *getResult) error {
 		case <-ticker.C:
 		}
 		changed, err := changes.Changed(ctx)
-		if err != nil {
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
 			return err
-		}
-		if !changed {
+		case !changed:
 			continue
 		}
 		result, err := g.read(ctx)

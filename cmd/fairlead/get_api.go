@@ -52,7 +52,7 @@ func (o *serviceObjects) servingTerminating(f *inspect.Frontend, addr netip.Addr
 
 func isTrue(b *bool) bool { return b != nil && *b }
 
-// needsObjects reports whether the command needs what is not in the kernel.
+// needsObjects reports whether the command needs labels or conditions, which are not in the kernel.
 func (g *getter) needsObjects() bool {
 	if g.options.selector != "" {
 		return true

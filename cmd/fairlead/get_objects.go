@@ -53,13 +53,13 @@ type frontendObject struct {
 	Address    string           `json:"address"`
 	Port       uint16           `json:"port"`
 	Protocol   string           `json:"protocol"`
-	Treatment  treatmentObject  `json:"treatment"`
+	Spec       specObject       `json:"spec"`
 	Endpoints  []endpointObject `json:"endpoints"`
 	Statistics *statistics      `json:"statistics,omitempty"`
 }
 
-// treatmentObject says how the kernel handles the connections to a frontend.
-type treatmentObject struct {
+// specObject says how the kernel handles the connections to a frontend.
+type specObject struct {
 	Masquerade                    string   `json:"masquerade"`
 	ExternalTrafficPolicy         string   `json:"externalTrafficPolicy"`
 	WithoutEndpoints              string   `json:"withoutEndpoints"`
@@ -157,14 +157,14 @@ func (r *getResult) frontendObject(f *inspect.Frontend) frontendObject {
 	_, _, port := f.Service()
 	o := frontendObject{
 		Kind: f.KindName(), PortName: port, Address: f.Frontend.Addr.Addr().String(), Port: f.Frontend.Addr.Port(), Protocol: f.Frontend.Protocol.String(),
-		Treatment: treatmentObject{
+		Spec: specObject{
 			Masquerade: f.Binding.Masquerade.String(), ExternalTrafficPolicy: trafficPolicy(f), WithoutEndpoints: f.Binding.NoEndpointsVerdict.String(),
 			SessionAffinityTimeoutSeconds: int(f.Binding.Affinity / time.Second), SharedList: f.SharedList, Class: f.Class, Scheduler: f.Binding.Scheduler,
 		},
 		Endpoints: []endpointObject{}, Statistics: newStatistics(f.Stats),
 	}
 	for _, p := range f.Binding.SourceRanges {
-		o.Treatment.SourceRanges = append(o.Treatment.SourceRanges, p.String())
+		o.Spec.SourceRanges = append(o.Spec.SourceRanges, p.String())
 	}
 	for _, e := range f.Endpoints {
 		o.Endpoints = append(o.Endpoints, r.endpointObject(f, e))

@@ -73,7 +73,7 @@ type Kernel struct {
 	Retiring []ipvs.VirtualServer
 	// ConnectionsCounted reports whether Endpoint.Connections is known.
 	ConnectionsCounted bool
-	// Warnings says what is missing or uncertain in the result.
+	// Warnings contains gaps and doubts about the result.
 	Warnings []string
 }
 
@@ -326,7 +326,7 @@ func (k *Kernel) readIPVS(ctx context.Context, opts Options) error {
 }
 
 // inactiveFlows returns the number of inactive connections of a destination that may continue:
-// IPVS counts all flows of UDP as inactive, and of TCP those that have ended.
+// IPVS counts all UDP flows as inactive, and of TCP the connections that have ended.
 func inactiveFlows(p dataplane.Protocol, d ipvs.Destination) int {
 	if p == dataplane.TCP {
 		return 0

@@ -58,9 +58,15 @@ func TestReadIPVS(t *testing.T) {
 	}
 	replace(web(b)...)
 
-	k, err := Read(t.Context(), Options{NetNS: network.Node.Fd()})
-	if err != nil {
-		t.Fatal(err)
+	var k *Kernel
+	for {
+		if k, err = Read(ctx, Options{NetNS: network.Node.Fd()}); err != nil {
+			t.Fatal(err)
+		}
+		if f := k.Frontends[0]; f.Stats != nil && f.Stats.InPackets > 0 { // the kernel updates statistics every two seconds
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
 	}
 	want, err := d.Read(t.Context())
 	if err != nil {
