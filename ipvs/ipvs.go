@@ -306,20 +306,13 @@ func removeServers(h *host, opts Options) error {
 		return err
 	}
 	defer c.close() //nolint:errcheck // the socket has no unwritten data
-	bound, servers, err := readServers(c, h)
+	servers, err := managedServers(c, h, opts)
 	if err != nil {
 		return err
 	}
-	// kube-proxy in its mode ipvs uses the same virtual servers for cluster IPs.
-	shared, err := h.kubeProxyAddrs()
-	if err != nil {
-		return err
-	}
-	var requests []request
-	for s := range servers {
-		if excluded := prefixesContain(opts.ExcludeCIDRs, s.addr.Addr()) || shared[s.addr.Addr()]; !excluded && (isInternal(s.addr.Addr()) || bound[s.addr.Addr()]) {
-			requests = append(requests, request{command: delService, serverKey: s})
-		}
+	requests := make([]request, len(servers))
+	for i, s := range servers {
+		requests[i] = request{command: delService, serverKey: s}
 	}
 	answers, err := c.run(requests)
 	for i, answer := range answers {
@@ -328,6 +321,27 @@ func removeServers(h *host, opts Options) error {
 		}
 	}
 	return err
+}
+
+// managedServers returns the virtual servers that Cleanup deletes.
+func managedServers(c *ipvsConn, h *host, opts Options) ([]serverKey, error) {
+	bound, servers, err := readServers(c, h)
+	if err != nil {
+		return nil, err
+	}
+	// kube-proxy in its mode ipvs uses the same virtual servers for cluster IPs.
+	shared, err := h.kubeProxyAddrs()
+	if err != nil {
+		return nil, err
+	}
+	var managed []serverKey
+	for s := range servers {
+		addr := s.addr.Addr()
+		if (isInternal(addr) || bound[addr]) && !shared[addr] && !prefixesContain(opts.ExcludeCIDRs, addr) {
+			managed = append(managed, s)
+		}
+	}
+	return managed, nil
 }
 
 func prefixesContain(nets []netip.Prefix, a netip.Addr) bool {

@@ -90,19 +90,29 @@ func ActiveConnections(others []OtherServer) (active int, err error) {
 	if len(others) == 0 {
 		return 0, nil
 	}
+	servers := make([]serverKey, len(others))
+	for i, s := range others {
+		servers[i] = serverKey{s.Protocol, s.Addr}
+	}
 	err = withIPVS(func(c *ipvsConn) error {
-		for _, s := range others {
-			destinations, err := c.dumpDestinations(serverKey{s.Protocol, s.Addr})
-			if err != nil {
-				return err
-			}
-			for _, d := range destinations {
-				active += int(d.active)
-			}
-		}
-		return nil
+		active, err = c.countActive(servers)
+		return err
 	})
 	return active, err
+}
+
+// countActive returns the number of active connections of virtual servers.
+func (c *ipvsConn) countActive(servers []serverKey) (active int, err error) {
+	for _, s := range servers {
+		destinations, err := c.dumpDestinations(s)
+		if err != nil {
+			return 0, err
+		}
+		for _, d := range destinations {
+			active += int(d.active)
+		}
+	}
+	return active, nil
 }
 
 // withIPVS calls fn with a connection to IPVS of the thread's network namespace. It does nothing

@@ -31,7 +31,8 @@ func cleanupCommand() *cobra.Command {
 programs' rules are not changed. Stop Fairlead first: a running instance would
 program everything again. Start another Service proxy first, too: without its
 rules, new connections to Services fail, and established connections end if no
-other program has NAT rules. The command refuses to end connections.
+other program has NAT rules. Connections through IPVS always end. The command
+refuses to end connections.
 
 With --kube-proxy, remove what kube-proxy has left on this node instead, in any
 of its modes and without its programs (iptables, ipset, ipvsadm), and print one
@@ -90,9 +91,22 @@ func cleanUp(ctx context.Context, log *slog.Logger, force bool, check func(conte
 	return errors.Join(errs...)
 }
 
-// checkConnections returns an error if no other Service proxy has rules on this node and
-// connections would end with Fairlead's rules.
+// checkConnections returns an error if connections would end with Fairlead's rules: those through
+// IPVS, and all others if no other Service proxy has rules on this node.
 func checkConnections(ctx context.Context) error {
+	if err := checkTranslated(ctx); err != nil {
+		return err
+	}
+	open, err := ipvs.OpenConnections(ipvs.Options{}) //nolint:contextcheck // its netlink requests take milliseconds
+	if err != nil || open == 0 {
+		return nil // the clean-up reports missing privileges
+	}
+	return fmt.Errorf("%d TCP connections through Fairlead's IPVS virtual servers would end: run Fairlead with --mode=nft, which keeps them until they are closed, or use --force", open)
+}
+
+// checkTranslated returns an error if no other Service proxy has rules on this node and connections
+// would end with Fairlead's rules.
+func checkTranslated(ctx context.Context) error {
 	scanner, err := otherproxy.NewScanner()
 	if err != nil {
 		return nil // the clean-up reports missing privileges

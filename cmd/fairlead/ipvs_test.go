@@ -8,10 +8,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/internal/agent/agenttest"
+	"fairlead.io/fairlead/internal/preflight"
 	"fairlead.io/fairlead/ipvs"
 )
 
@@ -23,10 +25,9 @@ func (n *testNode) runIPVS(args ...string) {
 	n.program.awaitLog(func(r record) bool { return r.Msg == "no kernel state of another mode remains" })
 }
 
-// TestSwitchModes switches to ipvs mode and back. New connections must always succeed, and no kernel
-// state of the previous mode may remain. Established TCP connections and UDP flows that connection
-// tracking translates survive. The switch back removes the virtual servers. TCP connections through
-// them continue only if nftables selects the same endpoint again, so the test does not require it.
+// TestSwitchModes switches to ipvs mode and back. New connections always succeed, and established
+// ones survive. Connections through IPVS keep their virtual servers until they are closed. Then no
+// kernel state of the previous mode remains.
 func TestSwitchModes(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t, "a", "b")
@@ -50,13 +51,24 @@ func TestSwitchModes(t *testing.T) {
 	n.stop()
 
 	n.run()
-	n.program.awaitLog(func(r record) bool { return r.Msg == "no kernel state of another mode remains" })
 	n.awaitAnswers(addrs, "a", "b")
-	stop()
 	before.checkOpen("the switch to nft mode")
-	t.Logf("%d of %d TCP connections through IPVS survive", ofIPVS.tcp.countOpen(t), len(ofIPVS.tcp))
-	ofIPVS.tcp = nil
 	ofIPVS.checkOpen("the switch to nft mode")
+	if code, stderr := n.runOnce(nil, "cleanup", "--force=false"); code != 1 || !strings.Contains(stderr, "another Fairlead programs this node") {
+		t.Errorf("cleanup: exit code %d, output %q", code, stderr)
+	}
+	n.stop() // the next process continues to keep the connections
+	if code, stderr := n.runOnce(nil, "cleanup"); code != 1 || !strings.Contains(stderr, "TCP connections") {
+		t.Errorf("cleanup: exit code %d, output %q; want a refusal", code, stderr)
+	}
+	n.run()
+	before.checkOpen("a restart")
+	ofIPVS.checkOpen("a restart")
+	stop()
+
+	ofIPVS.closeTCP()
+	n.awaitDrained()
+	before.checkOpen("the end of IPVS")
 	if listing := n.nft("list", "tables"); strings.Contains(listing, ipvs.TableName) || !strings.Contains(listing, "fairlead\n") {
 		t.Errorf("tables in nft mode:\n%s", listing)
 	}
@@ -65,6 +77,41 @@ func TestSwitchModes(t *testing.T) {
 	}
 	if listing := n.command("ip", "link"); strings.Contains(listing, ipvs.LinkName) {
 		t.Errorf("interfaces in nft mode:\n%s", listing)
+	}
+}
+
+// awaitDrained waits until the program has removed the virtual servers of ipvs mode. The kernel
+// counts a closed TCP connection for two minutes.
+func (n *testNode) awaitDrained() {
+	n.t.Helper()
+	deadline := time.Now().Add(4 * time.Minute)
+	for !slices.ContainsFunc(n.program.log.records(), func(r record) bool { return r.Msg == "no kernel state of another mode remains" }) {
+		if time.Now().After(deadline) {
+			n.t.Fatalf("virtual servers remain:\n%s", n.command("ipvsadm", "-Lnc"))
+		}
+		time.Sleep(time.Second)
+	}
+}
+
+// TestConnectAfterLostIPVS is TestConnectAfterLostTables in ipvs mode.
+func TestConnectAfterLostIPVS(t *testing.T) {
+	t.Parallel()
+	newTestNode(t, "a").checkConnectAfterLoss("nft flush ruleset; ipvsadm -C; ip link delete "+ipvs.LinkName, "--mode=ipvs")
+}
+
+// TestCheckIPVS checks that fairlead check reports where IPVS follows NAT rules.
+func TestCheckIPVS(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t, "a")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a")
+	n.runIPVS()
+	r := n.check()
+	for _, family := range []string{"ip", "ip6"} {
+		table := "chain " + family + " " + ipvs.TableName
+		r.expect("translation-order", preflight.Info, family+" prerouting: "+table+" nat-prerouting-ahead (priority -101), then "+table+" nat-prerouting (priority -99)")
+		r.expect("translation-order", preflight.Info, family+" input: ip_vs_in_hook of module ip_vs (priority 99)")
+		r.expect("translation-order", preflight.Info, family+" output: ", ", then ip_vs_in_hook of module ip_vs (priority -98)")
 	}
 }
 

@@ -13,7 +13,6 @@ import (
 
 	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/nettest"
-	"fairlead.io/fairlead/internal/preflight"
 	"fairlead.io/fairlead/ipvs"
 )
 
@@ -188,8 +187,14 @@ func TestHandBackFromIPVS(t *testing.T) {
 			} else {
 				established.checkOpen("the start of kube-proxy")
 			}
-			if output, err := n.shell("fairlead cleanup"); err != nil {
-				t.Errorf("cleanup: %v\n%s", err, output)
+			if mode == "iptables" {
+				const want = "2 TCP connections through Fairlead's IPVS virtual servers would end"
+				if output, err := n.shell("fairlead cleanup"); err == nil || !strings.Contains(output, want) {
+					t.Errorf("cleanup: error %v, output %q; want a failure with %q", err, output, want)
+				}
+			}
+			if output, err := n.shell("fairlead cleanup --force"); err != nil {
+				t.Errorf("cleanup --force: %v\n%s", err, output)
 			}
 			n.awaitAnswers(backend, "a", "b")
 			t.Logf("%d of 2 TCP connections through IPVS survive", established.tcp.countOpen(t))
@@ -197,27 +202,5 @@ func TestHandBackFromIPVS(t *testing.T) {
 				t.Errorf("after cleanup: %v", left)
 			}
 		})
-	}
-}
-
-// TestConnectAfterLostIPVS is TestConnectAfterLostTables in ipvs mode.
-func TestConnectAfterLostIPVS(t *testing.T) {
-	t.Parallel()
-	newTestNode(t, "a").checkConnectAfterLoss("nft flush ruleset; ipvsadm -C; ip link delete "+ipvs.LinkName, "--mode=ipvs")
-}
-
-// TestCheckIPVS checks that fairlead check reports where IPVS follows NAT rules.
-func TestCheckIPVS(t *testing.T) {
-	t.Parallel()
-	n := newTestNode(t, "a")
-	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
-	n.writePods("backend", "a")
-	n.runIPVS()
-	r := n.check()
-	for _, family := range []string{"ip", "ip6"} {
-		table := "chain " + family + " " + ipvs.TableName
-		r.expect("translation-order", preflight.Info, family+" prerouting: "+table+" nat-prerouting-ahead (priority -101), then "+table+" nat-prerouting (priority -99)")
-		r.expect("translation-order", preflight.Info, family+" input: ip_vs_in_hook of module ip_vs (priority 99)")
-		r.expect("translation-order", preflight.Info, family+" output: ", ", then ip_vs_in_hook of module ip_vs (priority -98)")
 	}
 }

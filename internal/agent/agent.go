@@ -272,7 +272,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		return a.standby.whenActive(a.pipeline.Syncer.Run)(ctx)
 	})
 	group.Go(func() error {
-		removeOtherBackends(ctx, a.backend, a.log, a.progress.programmed, backend.Backend.Remove)
+		removeOtherBackends(ctx, a.backend, a.log, a.progress.programmed, backend.Backend.RemoveDrained)
 		return nil
 	})
 	group.Go(func() error {

@@ -8,9 +8,10 @@ import (
 )
 
 // removeOtherBackends removes the kernel state of other backends once the running backend has
-// programmed all Services, so that connections are not interrupted. It only logs failures.
+// programmed all Services and existing connections have ended, so that connections are not
+// interrupted. It only logs failures.
 func removeOtherBackends(
-	ctx context.Context, running backend.Backend, log *slog.Logger, programmed <-chan struct{}, cleanup func(backend.Backend, *slog.Logger) error,
+	ctx context.Context, running backend.Backend, log *slog.Logger, programmed <-chan struct{}, remove func(backend.Backend, context.Context, *slog.Logger) error,
 ) {
 	select {
 	case <-ctx.Done():
@@ -21,7 +22,9 @@ func removeOtherBackends(
 		if other.Name == running.Name {
 			continue
 		}
-		if err := cleanup(other, log); err != nil {
+		if err := remove(other, ctx, log); ctx.Err() != nil {
+			return // the next start continues
+		} else if err != nil {
 			log.WarnContext(ctx, "removing the kernel state of another mode failed; the next start retries",
 				"other_mode", other.Name, "error", err)
 			continue

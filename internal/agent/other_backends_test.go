@@ -45,7 +45,7 @@ func TestRemoveOtherBackends(t *testing.T) {
 			committed := make(chan bool, 1)
 			go func() {
 				defer close(done)
-				removeOtherBackends(ctx, backendByName(t, test.mode), comp.log, comp.programmed, func(b backend.Backend, _ *slog.Logger) error {
+				removeOtherBackends(ctx, backendByName(t, test.mode), comp.log, comp.programmed, func(b backend.Backend, _ context.Context, _ *slog.Logger) error {
 					cleaned = append(cleaned, b.Name)
 					select {
 					case <-committed:
@@ -76,7 +76,7 @@ func TestRemoveOtherBackendsCanceled(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	removeOtherBackends(ctx, backendByName(t, backend.IPVS), slog.New(slog.DiscardHandler), make(chan struct{}), func(b backend.Backend, _ *slog.Logger) error {
+	removeOtherBackends(ctx, backendByName(t, backend.IPVS), slog.New(slog.DiscardHandler), make(chan struct{}), func(b backend.Backend, _ context.Context, _ *slog.Logger) error {
 		t.Errorf("removed the state of %s", b.Name)
 		return nil
 	})
@@ -119,7 +119,7 @@ func TestIPVSRemovesNFTTables(t *testing.T) {
 	programmed := make(chan struct{})
 	close(programmed)
 	err := n.Node.Do(func() error {
-		removeOtherBackends(t.Context(), backendByName(t, backend.IPVS), slog.New(slog.DiscardHandler), programmed, backend.Backend.Remove)
+		removeOtherBackends(t.Context(), backendByName(t, backend.IPVS), slog.New(slog.DiscardHandler), programmed, backend.Backend.RemoveDrained)
 		return nil
 	})
 	if err != nil {

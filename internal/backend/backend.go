@@ -43,6 +43,9 @@ type Backend struct {
 	// SetUp performs the initialization that may need more privileges than programming
 	// Services, without programming any. Nil means that none is needed.
 	SetUp func(Options) error
+	// Drain waits until the connections that end with Cleanup have ended, at most for some
+	// minutes, while another backend serves new ones. Nil means that none end.
+	Drain func(context.Context, *slog.Logger) error
 	// Cleanup removes everything that this or an earlier process has programmed with the
 	// backend.
 	Cleanup func(*slog.Logger) error
@@ -162,6 +165,18 @@ func (b Backend) Prepare(ctx context.Context, o Options) error {
 	}
 	log.InfoContext(ctx, "kernel initialized", "reason", reason, "mode", b.Name)
 	return nil
+}
+
+// RemoveDrained calls Drain and then Cleanup, unless ctx is done. Its errors name --mode.
+func (b Backend) RemoveDrained(ctx context.Context, log *slog.Logger) error {
+	if b.Drain != nil {
+		if err := b.Drain(ctx, log.With("backend", b.Name)); ctx.Err() != nil {
+			return ctx.Err()
+		} else if err != nil {
+			log.WarnContext(ctx, "cannot wait for the connections of another mode", "other_mode", b.Name, "error", err)
+		}
+	}
+	return b.Remove(log)
 }
 
 // Remove calls Cleanup. Its errors name --mode.

@@ -43,6 +43,7 @@ func ipvsBackend() Backend {
 			return asDataplane(ipvs.Open(ipvsOptions(o)))
 		},
 		SetUp:       func(o Options) error { return ipvs.SetUp(ipvsOptions(o)) },
+		Drain:       func(ctx context.Context, log *slog.Logger) error { return ipvs.Drain(ctx, ipvs.Options{Logger: log}) },
 		Cleanup:     func(log *slog.Logger) error { return ipvs.Cleanup(ipvs.Options{Logger: log}) },
 		NewCounters: func() Counters { return nftCounters{nft.NewCounterReader(tables)} },
 		ServedServices: func(ctx context.Context) (map[string]struct{}, error) {
