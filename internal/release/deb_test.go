@@ -139,17 +139,18 @@ type debianRoot struct {
 	host *nettest.Host
 }
 
-// newDebianRoot unpacks Debian 12. The packages stay in .cache.
-func newDebianRoot(t *testing.T, host *nettest.Host) *debianRoot {
+// newDebianRoot unpacks Debian 12 with additional packages. The packages stay in .cache, in a
+// directory with the name of the additional ones.
+func newDebianRoot(t *testing.T, host *nettest.Host, name string, packages ...string) *debianRoot {
 	t.Helper()
-	base, err := filepath.Abs(filepath.Join(repository, ".cache", "debian-12-"+runtime.GOARCH))
+	base, err := filepath.Abs(filepath.Join(repository, ".cache", "debian-12-"+name+runtime.GOARCH))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(base); err != nil {
 		err := debian.Unpack(t.Context(), command(t, "dpkg", "--print-architecture"), "bookworm", base,
-			"dpkg", "tar", "dash", "coreutils", "sed", "grep", "diffutils", "findutils", "libc6", "libc-bin", "libselinux1", "libpcre2-8-0",
-			"zlib1g", "liblzma5", "libbz2-1.0", "libzstd1", "libmd0", "libacl1", "libattr1", "libgmp10")
+			append(packages, "dpkg", "tar", "dash", "coreutils", "sed", "grep", "diffutils", "findutils", "libc6", "libc-bin", "libselinux1", "libpcre2-8-0",
+				"zlib1g", "liblzma5", "libbz2-1.0", "libzstd1", "libmd0", "libacl1", "libattr1", "libgmp10")...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -257,7 +258,7 @@ func TestPackage(t *testing.T) {
 		configFile  = "etc/fairlead/config.yaml"
 		copyFile    = "var/lib/fairlead/fairlead"
 	)
-	r := newDebianRoot(t, network.Node)
+	r := newDebianRoot(t, network.Node, "")
 	r.install(buildPackage(t, hostProgram, "v1.2.3"))
 	if got := r.run("/usr/bin/fairlead", "version"); !strings.Contains(got, "v1.2.3") {
 		t.Errorf("fairlead version prints %q, want v1.2.3", got)

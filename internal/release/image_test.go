@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
 )
@@ -291,7 +292,28 @@ func TestBadInput(t *testing.T) {
 	}
 }
 
-// TestArchitectures checks the layout that `make image` has written.
+// runForeign runs the program of an image, with QEMU if it is for another architecture.
+func runForeign(t *testing.T, img v1.Image, arch string) {
+	t.Helper()
+	dir := t.TempDir()
+	files := mutate.Extract(img)
+	defer files.Close()
+	extract(t, files, dir)
+	command := []string{filepath.Join(dir, programPath), "version"}
+	if arch != runtime.GOARCH {
+		name := arch
+		if arch == "arm64" {
+			name = "aarch64"
+		}
+		command = slices.Insert(command, 0, filepath.Join(repository, ".cache/qemu-user/usr/bin/qemu-"+name))
+	}
+	out, err := exec.CommandContext(t.Context(), command[0], command[1:]...).CombinedOutput()
+	if err != nil || !strings.HasPrefix(string(out), "fairlead ") {
+		t.Errorf("%s on %s: %v\n%s", command, arch, err, out)
+	}
+}
+
+// TestArchitectures checks the layout that `make image` has written, and runs its programs.
 func TestArchitectures(t *testing.T) {
 	t.Parallel()
 	dir := os.Getenv("FAIRLEAD_IMAGE_LAYOUT")
@@ -315,5 +337,6 @@ func TestArchitectures(t *testing.T) {
 		if config.Architecture != arch {
 			t.Errorf("image for %s has the architecture %s", arch, config.Architecture)
 		}
+		runForeign(t, platformImage(t, images, arch), arch)
 	}
 }

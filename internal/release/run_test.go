@@ -26,7 +26,7 @@ import (
 )
 
 const (
-	waitTimeout = time.Minute
+	waitTimeout = 3 * time.Minute
 	servicePort = 80
 	podPort     = 8080
 )
