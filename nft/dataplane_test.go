@@ -30,15 +30,7 @@ var update = flag.Bool("update", false, "update the golden rulesets in testdata"
 // newDataplane opens a Dataplane in an empty network namespace, optionally with a Translator.
 func newDataplane(t *testing.T, translator ...Translator) (*Dataplane, *nettest.Namespace) {
 	t.Helper()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := ns.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	ns := nettest.NamespaceT(t)
 	return openInNamespace(t, ns, translator...), ns
 }
 

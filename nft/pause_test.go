@@ -400,17 +400,13 @@ func TestWatchSocketLost(t *testing.T) {
 	services := sampleServices(t)
 	open := func(t *testing.T) *Dataplane {
 		t.Helper()
-		ns, err := nettest.NewNamespace("")
-		if err != nil {
-			t.Fatal(err)
-		}
+		ns := nettest.NamespaceT(t)
 		d, err := Open(Options{NetNS: ns.Fd()})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
 			_ = d.Close()
-			_ = ns.Close()
 		})
 		return d
 	}

@@ -14,11 +14,7 @@ import (
 // the watch is already waiting for notifications.
 func TestCloseLogsNothing(t *testing.T) {
 	t.Parallel()
-	ns, err := nettest.NewNamespace("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = ns.Close() })
+	ns := nettest.NamespaceT(t)
 	for _, open := range []time.Duration{0, 5 * time.Millisecond} {
 		var log bytes.Buffer // read after Close has stopped all writers
 		d, err := nft.Open(nft.Options{NetNS: ns.Fd(), Logger: slog.New(slog.NewTextHandler(&log, nil))})
