@@ -17,6 +17,7 @@ import (
 	"fairlead.io/fairlead/internal/instance"
 	"fairlead.io/fairlead/internal/kubeproxycleanup"
 	"fairlead.io/fairlead/internal/otherproxy"
+	"fairlead.io/fairlead/internal/servicecounters"
 	"fairlead.io/fairlead/ipvs"
 	"fairlead.io/fairlead/nft"
 )
@@ -85,8 +86,11 @@ func cleanUp(ctx context.Context, log *slog.Logger, force bool, check func(conte
 		err := b.Remove(log)
 		errs = append(errs, err)
 		if errors.Is(err, fs.ErrPermission) {
-			break // the other backends would fail, too
+			return errors.Join(errs...) // the others would fail, too
 		}
+	}
+	if errors.Join(errs...) == nil {
+		errs = append(errs, servicecounters.Remove(0))
 	}
 	return errors.Join(errs...)
 }
@@ -115,7 +119,7 @@ func checkTranslated(ctx context.Context) error {
 	if proxies, err := scanner.Scan(); err != nil || len(proxies) > 0 {
 		return nil // the clean-up reports missing privileges
 	}
-	rules, err := scanner.NATRules([]string{nft.TableName, ipvs.TableName})
+	rules, err := scanner.NATRules([]string{nft.TableName, ipvs.TableName, servicecounters.TableName})
 	if err != nil || !rules.Own {
 		return nil // the clean-up reports missing privileges
 	}

@@ -30,6 +30,7 @@ import (
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/pipeline"
 	"fairlead.io/fairlead/internal/relay"
+	"fairlead.io/fairlead/internal/servicecounters"
 	"fairlead.io/fairlead/internal/zpages"
 	"fairlead.io/fairlead/source/manifest/dns"
 	"fairlead.io/fairlead/sync"
@@ -79,26 +80,28 @@ type ConfigFile struct {
 
 // Agent programs a node. [New] creates it.
 type Agent struct {
-	log          *slog.Logger
-	logLevel     *slog.LevelVar
-	config       config.Config
-	version      string
-	backend      backend.Backend
-	dp           dataplane.Dataplane
-	counters     *packetCounters
-	source       Source
-	sourceName   string
-	pipeline     *pipeline.Pipeline
-	conntrack    *conntrack.Cleaner
-	relay        *relay.Relay
-	limiters     serverLimiters
-	listeners    listeners
-	healthChecks *health.Ports
-	nodeHealth   *health.Proxy
-	metrics      *metrics.Metrics
-	history      *history.Recorder // of the status page
-	affinity     *affinityLimiter  // nil if the backend does not need one
-	nodeSettings *nodesettings.Watcher
+	log      *slog.Logger
+	logLevel *slog.LevelVar
+	config   config.Config
+	version  string
+	backend  backend.Backend
+	dp       dataplane.Dataplane
+	counters *packetCounters
+	// serviceCounters is nil without --service-metrics.
+	serviceCounters *servicecounters.Dataplane
+	source          Source
+	sourceName      string
+	pipeline        *pipeline.Pipeline
+	conntrack       *conntrack.Cleaner
+	relay           *relay.Relay
+	limiters        serverLimiters
+	listeners       listeners
+	healthChecks    *health.Ports
+	nodeHealth      *health.Proxy
+	metrics         *metrics.Metrics
+	history         *history.Recorder // of the status page
+	affinity        *affinityLimiter  // nil if the backend does not need one
+	nodeSettings    *nodesettings.Watcher
 	// conntrackSettings are the kernel's settings, conntrack deletes stale entries.
 	conntrackSettings *conntrackSettings
 	dispatcher        *dispatcher
@@ -134,7 +137,11 @@ func New(o Options) (*Agent, error) {
 	}
 	var commits observers[sync.Commit]
 	tracker := b.TrackerOptions(c.Tracker)
-	a.pipeline = pipeline.New(a.dp, pipeline.Options{
+	counted, err := a.newServiceCounters(b, c)
+	if err != nil {
+		return nil, err
+	}
+	a.pipeline = pipeline.New(counted, pipeline.Options{
 		Tracker: tracker, Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: commits.notify,
 	})
 	a.progress = newProgress(a.pipeline.Syncer.Status)
@@ -212,6 +219,9 @@ func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 		options.RefusedPackets = a.counters.readRefused
 	}
 	m := metrics.New(options)
+	if a.serviceCounters != nil {
+		m.AddServiceConnections(a.readServiceCounters)
+	}
 	m.AddConntrackSettings(func() int { return int(a.conntrackSettings.failing.Load()) })
 	m.AddNodeSettings(func() map[string]int { return countSettingProblems(a.nodeSettings.Problems()) })
 	return m
@@ -224,7 +234,11 @@ func (a *Agent) close(ctx context.Context) {
 	if a.counters != nil {
 		closeCounters = a.counters.close
 	}
-	if err := errors.Join(closeCounters(), a.dp.Close(), a.standby.release()); err != nil {
+	closeServiceCounters := func() error { return nil }
+	if a.serviceCounters != nil {
+		closeServiceCounters = a.serviceCounters.Close
+	}
+	if err := errors.Join(closeCounters(), closeServiceCounters(), a.dp.Close(), a.standby.release()); err != nil {
 		a.log.WarnContext(ctx, "closing the connections to the kernel failed", "error", err)
 	}
 }
@@ -275,6 +289,12 @@ func (a *Agent) Run(ctx context.Context) error {
 		removeOtherBackends(ctx, a.backend, a.log, a.progress.programmed, backend.Backend.RemoveDrained)
 		return nil
 	})
+	if a.serviceCounters == nil {
+		group.Go(func() error {
+			removeServiceCounters(ctx, a.log, a.progress.programmed)
+			return nil
+		})
+	}
 	group.Go(func() error {
 		heap.releaseAfter(ctx, a.progress.programmed)
 		return nil

@@ -20,6 +20,7 @@ import (
 
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/conntracksettings"
+	"fairlead.io/fairlead/internal/servicecounters"
 	"fairlead.io/fairlead/kube"
 )
 
@@ -71,8 +72,10 @@ type Config struct {
 	GiveWayAfter time.Duration
 	// OwnTables sets the owner flag on Fairlead's nftables tables.
 	OwnTables bool
-	Profiling bool
-	LogFormat string
+	// ServiceMetrics selects the Services whose connections are counted.
+	ServiceMetrics []servicecounters.Selector
+	Profiling      bool
+	LogFormat      string
 }
 
 // APIServer describes how to connect to the API server.
@@ -232,6 +235,7 @@ func parse(in input) (Config, error) {
 	c.HardFail = p.boolean("bind-address-hard-fail")
 	c.GiveWayAfter = p.giveWayAfter()
 	c.OwnTables = p.boolean("nft-own-table")
+	c.ServiceMetrics = p.serviceMetrics()
 	c.Profiling = p.boolean("profiling")
 	c.LogLevel, c.LogFormat = p.logging()
 	p.warnIgnored(&c)
@@ -248,6 +252,24 @@ func (p *parser) setDryRun(c *Config) {
 			p.fail("dry-run", "cannot be combined with --%s: set one of them", name)
 		}
 	}
+}
+
+// serviceMetrics returns the Services whose connections are counted.
+func (p *parser) serviceMetrics() []servicecounters.Selector {
+	const name = "service-metrics"
+	var all []servicecounters.Selector
+	for text := range strings.SplitSeq(p.text(name), ",") {
+		if text = strings.TrimSpace(text); text == "" {
+			continue
+		}
+		s, err := servicecounters.ParseSelector(text)
+		if err != nil {
+			p.fail(name, "%v", err)
+			continue
+		}
+		all = append(all, s)
+	}
+	return all
 }
 
 // serviceProxyName returns the value of the label of the Services to serve, empty for Services
@@ -662,6 +684,7 @@ func (c Config) RestartRequired(o Config) []string {
 		"profiling":                c.Profiling == o.Profiling,
 		"give-way-after":           c.GiveWayAfter == o.GiveWayAfter,
 		"nft-own-table":            c.OwnTables == o.OwnTables,
+		"service-metrics":          slices.Equal(c.ServiceMetrics, o.ServiceMetrics),
 		"the log format":           c.LogFormat == o.LogFormat,
 		"settings for --manifests": slices.Equal(c.ServiceCIDRs, o.ServiceCIDRs) && c.DNSListen == o.DNSListen && c.ClusterDomain == o.ClusterDomain,
 	} {

@@ -19,6 +19,7 @@ import (
 
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/conntracksettings"
+	"fairlead.io/fairlead/internal/servicecounters"
 	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/kube/proxyconfig"
 )
@@ -121,6 +122,9 @@ func TestFlags(t *testing.T) {
 		{"batch period", []string{"--batch-period=1s"}, func(c *Config) { c.API.BatchPeriod = time.Second }},
 		{"no precedence after exit", []string{"--give-way-after=0"}, func(c *Config) { c.GiveWayAfter = 0 }},
 		{"own tables", []string{"--nft-own-table"}, func(c *Config) { c.OwnTables = true }},
+		{"service metrics", []string{"--service-metrics=default/web, kube-system/*"}, func(c *Config) {
+			c.ServiceMetrics = []servicecounters.Selector{{Namespace: "default", Name: "web"}, {Namespace: "kube-system"}}
+		}},
 		{"no delay of mass removals", []string{"--mass-removal-delay=0"}, func(c *Config) { c.API.MassRemovalDelay = 0 }},
 		{
 			"connection tracking",

@@ -130,6 +130,11 @@ func settings() []setting {
 				"Fairlead has exited. 0: until it exits",
 		},
 		{
+			name: "service-metrics", kind: kindList, fairleadOnly: true,
+			usage: "count the connections of these Services and of their endpoints for metrics: NAMESPACE/NAME, or NAMESPACE/* for all " +
+				"Services of a namespace. At most 20000 addresses of Services and of their endpoints are counted. Empty: none",
+		},
+		{
 			name: "nft-own-table", kind: kindBool, fairleadOnly: true, defaultValue: "false",
 			usage: "own the nftables tables: while Fairlead runs, the kernel rejects changes to them by other programs, and nft flush ruleset " +
 				"skips them. Requires Linux 6.9 or newer",
