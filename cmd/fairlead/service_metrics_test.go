@@ -87,7 +87,7 @@ func TestServiceMetrics(t *testing.T) {
 	n.stop()
 	run("--service-metrics=default/*")
 	check()
-	// TCP and UDP, IPv4 and IPv6, of two Services, one of which has an endpoint.
+	// TCP and UDP, IPv4 and IPv6, of two Services; the first one has an endpoint.
 	n.awaitMetric(metrics, "fairlead_service_counters 12")
 	n.awaitMetric(metrics, "fairlead_service_counters_limited 0")
 	n.removeFile("backend.yaml")

@@ -88,7 +88,7 @@ func (t *family) endpoint() []expr.Any {
 	}
 }
 
-// addStructure adds what is missing of the table, its sets, chains and rules, and rewrites the rules. The
+// addStructure adds the missing table, sets and chains, and rewrites the rules. The
 // elements stay.
 func (t *family) addStructure(conn *nftables.Conn, translatedOnly bool) {
 	conn.AddTable(t.table)

@@ -1,4 +1,4 @@
-// Package top counts new connections by Service and endpoint while somebody looks, and shows them
+// Package top counts new connections by Service and endpoint on demand, and shows them
 // in a terminal, as lines or as JSON.
 //
 // A [Monitor] listens to the kernel's events for new entries of the connection-tracking table, in

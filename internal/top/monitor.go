@@ -43,7 +43,7 @@ type Monitor struct {
 	counter *counter
 }
 
-// Open reads the names of the Services and starts to listen. The error says what is missing:
+// Open reads the names of the Services and starts to listen. The error names the missing part:
 // a programmed mode, a capability, or events of the kernel.
 func Open(ctx context.Context, o Options) (*Monitor, error) {
 	k, err := inspect.Read(ctx, inspect.Options{NetNS: o.NetNS, Mode: o.Mode})
