@@ -11,7 +11,7 @@ import (
 	"fairlead.io/fairlead/nft"
 )
 
-// BenchmarkFirstPacket sends the first packets of UDP flows through Services that are counted, and through
+// BenchmarkFirstPacket opens UDP flows through Services that are counted, and through
 // the same Services without counters, in turns. It reports the fastest of all rounds, because other work on
 // the machine only adds time.
 func BenchmarkFirstPacket(b *testing.B) {
