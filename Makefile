@@ -80,7 +80,7 @@ demo: build ## run three front ends, three back ends and a Redis behind Services
 
 .PHONY: deps
 deps: ## install missing Debian packages that the tests need (root)
-	@test/deps.sh
+	@test/deps.sh $(QEMU-package-$(ARCH))
 
 .PHONY: nftables
 nftables: ## download the nft releases for listing tests to .cache
@@ -174,7 +174,10 @@ KERNELS-arm64 := 6.12
 KERNELS-ppc64le := 6.1
 KERNELS-s390x := 6.1
 KERNEL ?= $(KERNELS-$(ARCH))
-PKG ?= ./nft $(if $(filter amd64,$(ARCH)),./ipvs/... ./internal/kmod ./cmd/fairlead)
+QEMU-package-arm64 := qemu-system-arm
+QEMU-package-ppc64le := qemu-system-ppc
+QEMU-package-s390x := qemu-system-misc
+PKG ?= ./nft $(if $(filter amd64,$(ARCH)),./ipvs ./ipvs/reloadtest ./internal/kmod ./internal/inspect ./internal/nfhooks ./cmd/fairlead)
 VMTIMEOUT ?= 30m
 ACCEL ?= tcg
 
@@ -182,11 +185,14 @@ ACCEL ?= tcg
 # machine's kernel, which is newer, so each virtual machine runs a part: the oldest kernel the
 # behavior with real packets, including SCTP, and the other one the tests of what newer kernels
 # do differently: owned tables, dumps and element statements. The tests of ipvs run nowhere
-# else, so none is skipped. cmd/fairlead: only tests with the build tag; those of the migration
-# from kube-proxy (migrate_ipvs_test.go) take long and run with RUN.
+# else, so the two kernels share them. cmd/fairlead: only tests with the build tag; those of the
+# migration from kube-proxy (migrate_ipvs_test.go) take long and run with RUN.
 VMRUN-nft-6.1 := ^(TestBehaviour|TestSwitchTranslator|TestWatchRecovers)$$
 VMSKIP-nft-6.1 := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoints|Read_returns)
 VMRUN-nft-6.12 := ^(TestDrift|TestTableOwnership|TestOwnershipHandover|TestDumpDuringResize|TestElementStatementsRemoved)$$
+VMSKIP-ipvs-6.1 := ^TestBehaviour$$
+VMRUN-ipvs-6.12 := ^TestBehaviour$$
+VMSKIP-cmd-6.1 := ^TestSwitchModes$$
 VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go | paste -sd '|'))$$
 # Additional files for the tests of cmd/fairlead.
 VMWITH-cmd := $(if $(wildcard .cache/kube-proxy/kube-proxy),-with=$(CURDIR)/.cache/kube-proxy/kube-proxy)
@@ -216,11 +222,12 @@ test-vm: vm ## run tests in virtual machines with Debian's kernels; ARCH=s390x K
 	$(if $(filter .amd64,$(RUN)$(ARCH)),go test -tags=e2e -count=1 -timeout=10m ./test/vm)
 	@$(MAKE) --no-print-directory $(if $(filter .,$(RUN)),-j2) $(KERNEL:%=test-vm-%)
 
-test-vm-%: others = $(filter-out ./nft ./cmd/fairlead,$(PKG))
+test-vm-%: others = $(filter-out ./nft ./ipvs ./cmd/fairlead,$(PKG))
 test-vm-%: FORCE
 	$(if $(others),$(call VMTEST,$*,$(others)))
+	$(if $(filter ./ipvs,$(PKG)),$(call VMTEST,$*,./ipvs,$(VMSKIP-ipvs-$*),$(if $(FULL),,$(VMRUN-ipvs-$*))))
 	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,./nft,$(VMSKIP-nft-$*),$(if $(FULL),,$(call VMRUN-nft,$*))))
-	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,,$(VMRUN-cmd),$(if $(filter .,$(RUN)),,$(VMWITH-cmd))))
+	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,$(VMSKIP-cmd-$*),$(VMRUN-cmd),$(if $(filter .,$(RUN)),,$(VMWITH-cmd))))
 
 FORCE:
 

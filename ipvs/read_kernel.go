@@ -63,7 +63,7 @@ type Stats struct {
 // ReadKernel returns the state of the backend in the kernel. It needs no Dataplane, writes
 // nothing and loads no module. Virtual servers and nftables tables cannot be read at once, so
 // the result may mix two states while Services change. The error is as for [Open].
-func ReadKernel(ctx context.Context, opts Options) (*Kernel, error) {
+func ReadKernel(ctx context.Context, opts Options) (*Kernel, error) { //nolint:contextcheck // its netlink requests take milliseconds
 	tables, err := nft.ReadTables(ctx, nft.Options{NetNS: opts.NetNS, Table: TableName})
 	if err != nil {
 		return nil, err
@@ -89,7 +89,7 @@ func ReadKernel(ctx context.Context, opts Options) (*Kernel, error) {
 }
 
 // readServers adds the virtual servers.
-func (k *Kernel) readServers(ctx context.Context, c *ipvsConn, h *host) error {
+func (k *Kernel) readServers(ctx context.Context, c *ipvsConn, h *host) error { //nolint:contextcheck // its netlink requests take milliseconds
 	bound, err := readBoundAddrs(h)
 	if err != nil {
 		return err

@@ -62,7 +62,7 @@ func TestDryRun(t *testing.T) {
 			}
 		}
 		want := 0
-		for _, p := range strings.Split(prefix, "|") {
+		for p := range strings.SplitSeq(prefix, "|") {
 			want += strings.Count(listing, p)
 		}
 		if written != want {

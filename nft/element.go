@@ -120,13 +120,13 @@ func (t *table) parseSticky(b []byte) (dataplane.Frontend, endpointID, error) {
 	return f, n, err
 }
 
-func (t *table) parseSourceRangeKey(b []byte, bits int) (dataplane.Frontend, netip.Prefix, error) {
+func (t *table) parseSourceRangeKey(b []byte, prefixLength int) (dataplane.Frontend, netip.Prefix, error) {
 	f, rest, err := t.parseFrontend(b)
 	if err != nil || len(rest) != t.addrLen {
 		return f, netip.Prefix{}, errUnexpectedElement
 	}
 	addr, _ := netip.AddrFromSlice(rest)
-	p := netip.PrefixFrom(addr, bits)
+	p := netip.PrefixFrom(addr, prefixLength)
 	if p != p.Masked() {
 		return f, p, errUnexpectedElement
 	}

@@ -58,7 +58,7 @@ func TestReadTables(t *testing.T) {
 					if !state.KindKnown || state.Kind != s.Key.Kind || state.Service != s.Key.Service() {
 						t.Errorf("%s of %s: kind %v (known: %v), Service %q", f, s.Key, state.Kind, state.KindKnown, state.Service)
 					}
-					if translator != nil && !state.VirtualBinding.Equal(virtual[f]) {
+					if translator != nil && !state.Equal(virtual[f]) {
 						t.Errorf("%s: got %v, want %v", f, state.VirtualBinding, virtual[f])
 					}
 				}

@@ -442,6 +442,7 @@ func (b *branch) runHook(hook nftables.ChainHook, balance bool) (refused bool, e
 		case verdictReject:
 			b.outcome.Verdict = Rejected
 			return true, nil
+		default: // the next chain decides
 		}
 	}
 	b.natDone[hook] = true

@@ -106,7 +106,7 @@ func (b *branch) leaveChain(chain string) {
 
 // count records a counter. Counters of refused packets name the reason.
 func (b *branch) count(c counter) {
-	text := ""
+	var text string
 	switch c {
 	case rejectedNoEndpoints:
 		text = "rejected: the endpoint list of this frontend is empty"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Installs missing Debian packages that the tests and the demo need: Redis for the demo, a C
-# compiler for the race detector, protocol names for nft, QEMU for amd64, arm64, s390x and
-# ppc64le and other parts of the virtual machines in test/vm, runc to run the image, systemd to check the unit, programs that
-# kube-proxy runs, a browser to test the benchmark report, and packages for
-# test/debian/fetch.sh and for debugging. Needs root only if a package is missing. No service
-# starts, now or at the next boot.
+# compiler for the race detector, protocol names for nft, QEMU and other parts of the virtual
+# machines in test/vm, runc to run the image, systemd to check the unit, programs that
+# kube-proxy runs, a browser to test pages, and packages for test/debian/fetch.sh and for
+# debugging. The arguments are additional packages. Needs root only if a package is missing. No
+# service starts, now or at the next boot.
 set -euo pipefail
 
 packages=(nftables redis-server iproute2 gcc libc6-dev netbase ca-certificates debian-archive-keyring
-	qemu-system-x86 qemu-system-arm qemu-system-misc qemu-system-ppc runc systemd kmod ipvsadm iptables ipset chromium-headless-shell fonts-liberation)
+	qemu-system-x86 runc systemd kmod ipvsadm iptables ipset chromium-headless-shell fonts-liberation "$@")
 
 if ! command -v dpkg-query >/dev/null; then
 	echo "deps: not a Debian system: install the equivalents of these packages: ${packages[*]}" >&2

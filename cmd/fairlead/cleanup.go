@@ -103,7 +103,7 @@ func checkConnections(ctx context.Context) error {
 	}
 	open, err := ipvs.OpenConnections(ipvs.Options{}) //nolint:contextcheck // its netlink requests take milliseconds
 	if err != nil || open == 0 {
-		return nil // the clean-up reports missing privileges
+		return nil //nolint:nilerr // the clean-up reports missing privileges
 	}
 	return fmt.Errorf("%d TCP connections through Fairlead's IPVS virtual servers would end: run Fairlead with --mode=nft, which keeps them until they are closed, or use --force", open)
 }
@@ -171,7 +171,7 @@ var errRunning = errors.New("stop it first, because it would program everything 
 // cleanup. It returns an error if another instance is running. If another user's process holds
 // the lock, or the holder has just exited, it returns a nil Lock without an error.
 func lockInstance(ctx context.Context) (*instance.Lock, error) {
-	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"})
+	lock, err := instance.TryAcquire(instance.Options{Description: "fairlead cleanup"}) //nolint:contextcheck // a Lock outlives ctx
 	if err == nil {
 		return lock, nil
 	}

@@ -44,15 +44,18 @@ NAMESPACE/NAME or NAME.NAMESPACE), an address or localhost.
 
 The command evaluates the rules in the kernel and sends no packet. With --live, it
 waits for the connection and follows its first packet through the rules of all
-nftables tables. If it finds
-the settings of Fairlead, as flags of "fairlead run" or from the Fairlead that
-runs on this node, it also reads the objects, explains which endpoints receive no
-connections and why, and shows where the kernel differs from the desired state.`,
+nftables tables.
+
+If the command finds the settings of Fairlead, as flags of "fairlead run" or from
+the Fairlead that runs on this node, it also reads the objects, explains which
+endpoints receive no connections and why, and shows where the kernel differs from
+the desired state.`,
 		Example: `  fairlead trace default/client web
   fairlead trace 192.0.2.7 203.0.113.10:443
   fairlead trace node localhost:30080 -o json
   kubectl -n kube-system exec ds/fairlead -- /fairlead trace default/client shop/cart:http`,
-		Args: cobra.ExactArgs(2),
+		Args:              cobra.ExactArgs(2),
+		ValidArgsFunction: completeConnection,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if o.output != "text" && o.output != "json" {
 				return fmt.Errorf("--output: unknown format %q: use text or json", o.output)
@@ -66,6 +69,18 @@ connections and why, and shows where the kernel differs from the desired state.`
 	cmd.Flags().BoolVar(&o.live, "live", false, "wait for this connection and follow its first packet through the rules")
 	cmd.Flags().DurationVar(&o.timeout, "timeout", 10*time.Second, "time to wait for all objects of the API server")
 	return cmd
+}
+
+// completeConnection completes FROM with the word "node", and TO with a Service.
+func completeConnection(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
+	switch len(args) {
+	case 0:
+		return []string{"node"}, cobra.ShellCompDirectiveNoFileComp
+	case 1:
+		return completeServices(cmd, nil, typed)
+	default:
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
 }
 
 // tracer explains one connection.

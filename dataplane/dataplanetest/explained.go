@@ -65,6 +65,7 @@ type explainedKey struct {
 }
 
 func newExplained(t *testing.T, s suite) *explained {
+	t.Helper()
 	e := &explained{t: t, open: s.explain, outcomes: map[explainedKey][]Outcome{}}
 	t.Cleanup(func() { t.Logf("compared %d connections with their explanations", e.compared) })
 	return e

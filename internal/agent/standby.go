@@ -47,7 +47,7 @@ func instanceDescription(o Options) string {
 // start activates this instance at once if no other instance is active. Otherwise it starts a
 // goroutine in the group that activates this instance when the other one has exited.
 func (s *standby) start(ctx context.Context, group *errgroup.Group) {
-	if lock, err := instance.TryAcquire(s.options); err == nil {
+	if lock, err := instance.TryAcquire(s.options); err == nil { //nolint:contextcheck // a Lock outlives ctx
 		s.activate(lock)
 		return
 	}

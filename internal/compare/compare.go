@@ -170,8 +170,7 @@ func Kernel(ctx context.Context, o Options) (*Report, error) {
 // dryReplace calls Replace, and returns the Services that failed.
 func dryReplace(ctx context.Context, d dataplane.Dataplane, node dataplane.Node, services []*dataplane.Service) (map[dataplane.Key]error, error) {
 	err := d.Replace(ctx, node, slices.Values(services), nil)
-	var failed *dataplane.Error
-	if errors.As(err, &failed) {
+	if failed, ok := errors.AsType[*dataplane.Error](err); ok {
 		return failed.Failed, nil
 	}
 	return nil, err

@@ -298,11 +298,13 @@ func TestFlags(t *testing.T) {
 			},
 		},
 		{
-			"another port of the status page", []string{"--status-address=[::1]:1"},
+			"another port of the status page",
+			[]string{"--status-address=[::1]:1"},
 			func(c *Config) { c.StatusAddress = "[::1]:1" },
 		},
 		{
-			"no status page", []string{"--status-address="},
+			"no status page",
+			[]string{"--status-address="},
 			func(c *Config) { c.StatusAddress = "" },
 		},
 		{

@@ -103,7 +103,7 @@ func (t *family) addStructure(conn *nftables.Conn, translatedOnly bool) {
 	}{{"postrouting", nftables.ChainHookPostrouting}, {"input", nftables.ChainHookInput}} {
 		chains = append(chains, conn.AddChain(&nftables.Chain{
 			Table: t.table, Name: h.name, Type: nftables.ChainTypeNAT, Hooknum: h.hook,
-			Priority: nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource - 1),
+			Priority: new(*nftables.ChainPriorityNATSource - 1),
 		}))
 	}
 	for _, c := range chains {

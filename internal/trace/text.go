@@ -19,8 +19,8 @@ func (r *Report) WriteText(w io.Writer) error {
 		fmt.Fprintf(&b, ", arriving on %s", c.Interface)
 	}
 	b.WriteString("\n")
-	switch {
-	case r.State == "kernel":
+	switch r.State {
+	case "kernel":
 		fmt.Fprintf(&b, "Evaluated with the rules in the kernel, mode %s.\n\n", r.Mode)
 	default:
 		b.WriteString("Evaluated with the rules that the desired state would program.\n\n")

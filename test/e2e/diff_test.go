@@ -21,8 +21,8 @@ func TestDiff(t *testing.T) {
 	first := s.createPod("web")
 	v := s.createService("web")
 	s.waitReaches(s.addClient(), tcpTo(v.addrPort(80)), first)
-	s.eventually(func(context.Context) error {
-		if code, out := s.diff(); code != 0 {
+	s.eventually(func(ctx context.Context) error {
+		if code, out := s.diff(ctx); code != 0 {
 			return fmt.Errorf("while Fairlead runs: exit code %d, output:\n%s", code, out)
 		}
 		return nil
@@ -30,8 +30,8 @@ func TestDiff(t *testing.T) {
 	s.must(s.fairlead.stop())
 	second := s.createPod("web")
 	want := []string{"Service " + v.Namespace + "/web", "+     endpoints: " + second.IPv4.String(), "  # EndpointSlice web-"}
-	s.eventually(func(context.Context) error {
-		code, out := s.diff(s.fairlead.args[1:]...)
+	s.eventually(func(ctx context.Context) error {
+		code, out := s.diff(ctx, s.fairlead.args[1:]...)
 		for _, part := range want {
 			if code != 1 || !strings.Contains(out, part) {
 				return fmt.Errorf("exit code %d, want 1; output lacks %q:\n%s", code, part, out)
@@ -43,11 +43,11 @@ func TestDiff(t *testing.T) {
 }
 
 // diff runs fairlead diff on the node, and returns its exit code and output.
-func (s *scenario) diff(args ...string) (code int, output string) {
+func (s *scenario) diff(ctx context.Context, args ...string) (code int, output string) {
 	s.Helper()
 	var out []byte
 	err := s.net.Node.Do(func() (err error) {
-		out, err = exec.CommandContext(s.Context(), s.fairlead.binary, append([]string{"diff"}, args...)...).CombinedOutput()
+		out, err = exec.CommandContext(ctx, s.fairlead.binary, append([]string{"diff"}, args...)...).CombinedOutput()
 		return err
 	})
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
