@@ -177,7 +177,7 @@ KERNEL ?= $(KERNELS-$(ARCH))
 QEMU-package-arm64 := qemu-system-arm
 QEMU-package-ppc64le := qemu-system-ppc
 QEMU-package-s390x := qemu-system-misc
-PKG ?= ./nft $(if $(filter amd64,$(ARCH)),./ipvs ./ipvs/reloadtest ./internal/kmod ./internal/inspect ./internal/nfhooks ./cmd/fairlead)
+PKG ?= ./nft $(if $(filter amd64,$(ARCH)),./ipvs ./ipvs/reloadtest ./internal/kmod ./internal/inspect ./internal/nfhooks ./internal/servicecounters ./cmd/fairlead)
 VMTIMEOUT ?= 30m
 ACCEL ?= tcg
 
@@ -192,6 +192,8 @@ VMSKIP-nft-6.1 := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoi
 VMRUN-nft-6.12 := ^(TestDrift|TestTableOwnership|TestOwnershipHandover|TestDumpDuringResize|TestElementStatementsRemoved)$$
 VMSKIP-ipvs-6.1 := ^TestBehaviour$$
 VMRUN-ipvs-6.12 := ^TestBehaviour$$
+# Tests of packages that need IPVS or the kernel's list of hooks only for some of them.
+VMRUN-partly := IPVS|^(TestTranslators|TestFunctions)$$
 VMSKIP-cmd-6.1 := ^TestSwitchModes$$
 VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go | paste -sd '|'))$$
 # Additional files for the tests of cmd/fairlead.
@@ -222,9 +224,11 @@ test-vm: vm ## run tests in virtual machines with Debian's kernels; ARCH=s390x K
 	$(if $(filter .amd64,$(RUN)$(ARCH)),go test -tags=e2e -count=1 -timeout=10m ./test/vm)
 	@$(MAKE) --no-print-directory $(if $(filter .,$(RUN)),-j2) $(KERNEL:%=test-vm-%)
 
-test-vm-%: others = $(filter-out ./nft ./ipvs ./cmd/fairlead,$(PKG))
+test-vm-%: partly = $(filter ./internal/inspect ./internal/nfhooks ./internal/servicecounters,$(PKG))
+test-vm-%: others = $(filter-out ./nft ./ipvs ./cmd/fairlead $(partly),$(PKG))
 test-vm-%: FORCE
 	$(if $(others),$(call VMTEST,$*,$(others)))
+	$(if $(partly),$(call VMTEST,$*,$(partly),,$(VMRUN-partly)))
 	$(if $(filter ./ipvs,$(PKG)),$(call VMTEST,$*,./ipvs,$(VMSKIP-ipvs-$*),$(if $(FULL),,$(VMRUN-ipvs-$*))))
 	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,./nft,$(VMSKIP-nft-$*),$(if $(FULL),,$(call VMRUN-nft,$*))))
 	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,$(VMSKIP-cmd-$*),$(VMRUN-cmd),$(if $(filter .,$(RUN)),,$(VMWITH-cmd))))

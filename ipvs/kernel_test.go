@@ -38,7 +38,7 @@ func openForTest(t testing.TB, netns int) dataplane.Dataplane {
 }
 
 func TestBehaviour(t *testing.T) {
-	dataplanetest.Run(t, openForTest, dataplanetest.Limitations{AffinityOutlivesTimeout: true, NeedUniquePorts: true})
+	dataplanetest.RunExplained(t, openForTest, dataplanetest.Limitations{AffinityOutlivesTimeout: true, NeedUniquePorts: true}, explainFlows)
 }
 
 // topology is a network whose node has a Dataplane. Its moby handle changes and reads IPVS as

@@ -119,7 +119,7 @@ type conversion struct {
 	problems   []Problem
 
 	unmatchedPorts []unmatchedPort
-	// recorder is nil unless somebody asks for an explanation.
+	// recorder is nil unless the caller asks for an explanation.
 	recorder *recorder
 }
 

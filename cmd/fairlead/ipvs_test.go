@@ -163,3 +163,26 @@ func TestInitOnlyIPVS(t *testing.T) {
 	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
 	n.stop()
 }
+
+// TestDiffIPVS compares virtual servers and sysctls with the settings of the running Fairlead, and
+// after Fairlead has ended.
+func TestDiffIPVS(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t, "a", "b")
+	n.writeFile("backend.yaml", serviceYAML("backend", 10, 80))
+	n.writePods("backend", "a", "b")
+	n.runIPVS()
+	if out := n.diff(0); out != "" {
+		t.Errorf("programmed: differences:\n%s", out)
+	}
+	n.stop()
+	args := append(n.runArgs()[1:], "--mode=ipvs")
+	n.command("ipvsadm", "-d", "-t", "10.96.0.10:80", "-r", n.pods["a"].IPv4.String()+":8080")
+	n.command("sysctl", "-w", "net.ipv4.vs.conntrack=0")
+	wantLines(t, n.diff(exitDifferences, args...),
+		"Service default/backend:tcp: different", "    10.96.0.10:80/TCP", "+     endpoints: "+n.pods["a"].IPv4.String()+":8080 local",
+		"sysctl net.ipv4.vs.conntrack: different", "-   0", "+   1")
+	if listing := n.command("ipvsadm", "-Ln", "-t", "10.96.0.10:80"); strings.Contains(listing, n.pods["a"].IPv4.String()) {
+		t.Errorf("the comparison has repaired the virtual server:\n%s", listing)
+	}
+}
