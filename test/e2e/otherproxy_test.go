@@ -218,6 +218,8 @@ func (s *scenario) waitReachesAll(from *nettest.Host, to []destination, want *po
 func (p *pod) replace(app string) *pod {
 	p.scenario.Helper()
 	next := p.scenario.createPod(app)
+	// Two steps, because a count cannot tell the old pod from the new one.
+	p.scenario.eventually(func(ctx context.Context) error { return p.scenario.checkReadyEndpoints(ctx, app, 2) })
 	p.markNotReady()
 	p.scenario.eventually(func(ctx context.Context) error { return p.scenario.checkReadyEndpoints(ctx, app, 1) })
 	return next
