@@ -750,7 +750,7 @@ func TestListManyServices(t *testing.T) {
 			t.Errorf("nft %s cannot interpret a value:\n%s", version, listing)
 		}
 		for _, s := range services {
-			if !strings.Contains(listing, fmt.Sprintf("comment %q", s.Key.Service())) {
+			if !strings.Contains(listing, fmt.Sprintf("comment %q", serviceComment(s.Key))) {
 				t.Errorf("nft %s does not list %s", version, s.Key)
 			}
 		}

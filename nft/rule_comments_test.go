@@ -72,7 +72,11 @@ func buildsRules(f *ast.FuncDecl) bool {
 			return false
 		}
 	}
-	for _, result := range f.Type.Results.List {
+	results := f.Type.Results.List
+	if last, ok := results[len(results)-1].Type.(*ast.Ident); ok && last.Name == "error" {
+		return false // it looks rules up
+	}
+	for _, result := range results {
 		typ := result.Type
 		if list, ok := typ.(*ast.ArrayType); ok {
 			typ = list.Elt
