@@ -190,8 +190,8 @@ ACCEL ?= tcg
 VMRUN-nft-6.1 := ^(TestBehaviour|TestSwitchTranslator|TestWatchRecovers)$$
 VMSKIP-nft-6.1 := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoints|Read_returns)
 VMRUN-nft-6.12 := ^(TestDrift|TestTableOwnership|TestOwnershipHandover|TestDumpDuringResize|TestElementStatementsRemoved)$$
-VMSKIP-ipvs-6.1 := ^TestBehaviour$$
-VMRUN-ipvs-6.12 := ^TestBehaviour$$
+VMSKIP-ipvs-6.1 := ^(TestBehaviour|TestExplanations)$$
+VMRUN-ipvs-6.12 := ^TestBehaviour$$|^TestExplanations$$/^(source_ranges|external_traffic_policy_Local|connections_without_endpoints_are_rejected)$$
 # Tests of packages that need IPVS or the kernel's list of hooks only for some of them.
 VMRUN-partly := IPVS|^(TestTranslators|TestFunctions)$$
 VMSKIP-cmd-6.1 := ^TestSwitchModes$$
