@@ -18,13 +18,13 @@ const drainPollPeriod = time.Second
 // [Options.DrainLimit], or when ctx is done. Cleanup must follow unless ctx is done. UDP flows do
 // not drain. Virtual servers that kube-proxy uses, too, do not change. Drain does nothing if
 // Fairlead has no virtual servers.
-func Drain(ctx context.Context, opts Options) error { //nolint:contextcheck // its netlink requests take milliseconds
-	remain, shared, err := drainable(opts)
+func Drain(ctx context.Context, opts Options) error {
+	remain, shared, err := drainable(opts) //nolint:contextcheck // its netlink requests take milliseconds
 	if err != nil || !remain {
 		return err
 	}
 	opts.ExcludeCIDRs = slices.Concat(opts.ExcludeCIDRs, shared)
-	d, err := Open(opts)
+	d, err := Open(opts) //nolint:contextcheck // its netlink requests take milliseconds
 	if err != nil {
 		return err
 	}

@@ -63,7 +63,7 @@ type Stats struct {
 // ReadKernel returns the state of the backend in the kernel. It needs no Dataplane, writes
 // nothing and loads no module. Virtual servers and nftables tables cannot be read at once, so
 // the result may mix two states while Services change. The error is as for [Open].
-func ReadKernel(ctx context.Context, opts Options) (*Kernel, error) { //nolint:contextcheck // its netlink requests take milliseconds
+func ReadKernel(ctx context.Context, opts Options) (*Kernel, error) {
 	tables, err := nft.ReadTables(ctx, nft.Options{NetNS: opts.NetNS, Table: TableName})
 	if err != nil {
 		return nil, err
@@ -73,7 +73,7 @@ func ReadKernel(ctx context.Context, opts Options) (*Kernel, error) { //nolint:c
 		k.Frontends[f] = FrontendState{FrontendState: state}
 	}
 	err = inNamespace(opts.NetNS, func() error {
-		return withIPVS(func(c *ipvsConn) error {
+		return withIPVS(func(c *ipvsConn) error { //nolint:contextcheck // its netlink requests take milliseconds
 			h, err := openHost(0)
 			if err != nil {
 				return err
@@ -89,13 +89,13 @@ func ReadKernel(ctx context.Context, opts Options) (*Kernel, error) { //nolint:c
 }
 
 // readServers adds the virtual servers.
-func (k *Kernel) readServers(ctx context.Context, c *ipvsConn, h *host) error { //nolint:contextcheck // its netlink requests take milliseconds
-	bound, err := readBoundAddrs(h)
+func (k *Kernel) readServers(ctx context.Context, c *ipvsConn, h *host) error {
+	bound, err := readBoundAddrs(h) //nolint:contextcheck // its netlink requests take milliseconds
 	if err != nil {
 		return err
 	}
 	reader := serverReader{c, map[serverKey]settings{}, map[serverKey]Stats{}, map[serverKey]VirtualServer{}}
-	err = c.forEachServer(func(s serverKey, set settings, attributes []byte) {
+	err = c.forEachServer(func(s serverKey, set settings, attributes []byte) { //nolint:contextcheck // its netlink requests take milliseconds
 		reader.servers[s], reader.stats[s] = set, parseStats(attributes)
 	})
 	if err != nil {
@@ -105,7 +105,7 @@ func (k *Kernel) readServers(ctx context.Context, c *ipvsConn, h *host) error { 
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := reader.addServers(f, &state); err != nil {
+		if err := reader.addServers(f, &state); err != nil { //nolint:contextcheck // its netlink requests take milliseconds
 			return err
 		}
 		k.Frontends[f] = state
@@ -114,7 +114,7 @@ func (k *Kernel) readServers(ctx context.Context, c *ipvsConn, h *host) error { 
 		if _, used := reader.done[s]; used || !isInternal(s.addr.Addr()) && !bound[s.addr.Addr()] {
 			continue
 		}
-		v, err := reader.read(s)
+		v, err := reader.read(s) //nolint:contextcheck // its netlink requests take milliseconds
 		if err != nil {
 			return err
 		}

@@ -176,7 +176,7 @@ func TestDiffIPVS(t *testing.T) {
 		t.Errorf("programmed: differences:\n%s", out)
 	}
 	n.stop()
-	args := append(n.runArgs()[1:], "--mode=ipvs")
+	args := slices.Concat(n.runArgs()[1:], []string{"--mode=ipvs"})
 	n.command("ipvsadm", "-d", "-t", "10.96.0.10:80", "-r", n.pods["a"].IPv4.String()+":8080")
 	n.command("sysctl", "-w", "net.ipv4.vs.conntrack=0")
 	wantLines(t, n.diff(exitDifferences, args...),
