@@ -324,7 +324,7 @@ func TestCompatibilityVersions(t *testing.T) {
 		t.Fatal("docs/compatibility.md lacks the versions")
 	}
 	makefile, tests := read("Makefile"), testNames(t)
-	kernels := regexp.MustCompile(`(?m)^KERNEL \?= (.+)$`).FindStringSubmatch(makefile)[1]
+	kernels := regexp.MustCompile(`(?m)^KERNELS-amd64 := (.+)$`).FindStringSubmatch(makefile)[1]
 	release := regexp.MustCompile(`k8s.io/kubernetes v(\d+\.\d+)\.`).FindStringSubmatch(read("test/e2e/kubernetes/go.mod"))[1]
 	for _, r := range rows {
 		what, versions, test := r[1], r[2], r[3]
