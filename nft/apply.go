@@ -48,6 +48,7 @@ func (d *Dataplane) apply(op string, changes []dataplane.Change) error {
 	return nil
 }
 
+// compareBool orders false before true.
 func compareBool(a, b bool) int {
 	switch {
 	case a == b:

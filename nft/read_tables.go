@@ -204,7 +204,7 @@ func (t *table) nodePortRanges(c *tableContent) []AddrRange {
 	// The elements of an interval set are the first address of each interval and the first
 	// address after it, which is missing at the end of the address space.
 	ends := slices.SortedFunc(slices.Values(c.nodeElements[t.nodePortNetworks.Name]), func(a, b element) int {
-		return cmp.Or(bytes.Compare(a.Key, b.Key), boolCompare(b.IntervalEnd, a.IntervalEnd))
+		return cmp.Or(bytes.Compare(a.Key, b.Key), compareBool(b.IntervalEnd, a.IntervalEnd))
 	})
 	for i, e := range ends {
 		first, ok := netip.AddrFromSlice(e.Key)
@@ -221,16 +221,4 @@ func (t *table) nodePortRanges(c *tableContent) []AddrRange {
 	}
 	slices.SortFunc(ranges, func(a, b AddrRange) int { return a.First.Compare(b.First) })
 	return ranges
-}
-
-// boolCompare orders false before true.
-func boolCompare(a, b bool) int {
-	switch {
-	case a == b:
-		return 0
-	case b:
-		return -1
-	default:
-		return 1
-	}
 }

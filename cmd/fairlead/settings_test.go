@@ -42,12 +42,12 @@ func TestProcessPaths(t *testing.T) {
 	for _, test := range []struct{ root, path, want string }{
 		{"", "", ""},
 		{"", "/etc/kubeconfig", "/etc/kubeconfig"},
-		{"", "services", "/work/services"},
+		{"", "services", "/srv/services"},
 		{"/proc/7/root", "/etc/kubeconfig", "/proc/7/root/etc/kubeconfig"},
-		{"/proc/7/root", "services", "/proc/7/root/work/services"},
+		{"/proc/7/root", "services", "/proc/7/root/srv/services"},
 		{"/proc/7/root", "", ""},
 	} {
-		if got := (processFiles{root: test.root, cwd: "/work"}).path(test.path); got != test.want {
+		if got := (processFiles{root: test.root, cwd: "/srv"}).path(test.path); got != test.want {
 			t.Errorf("path(%q) with root %q is %q, want %q", test.path, test.root, got, test.want)
 		}
 	}
