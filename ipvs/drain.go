@@ -55,31 +55,29 @@ func (d *Dataplane) hasServers() bool {
 // drainable reports whether virtual servers of Fairlead remain. It also returns the addresses that
 // kube-proxy uses, too.
 func drainable(opts Options) (remain bool, shared []netip.Prefix, err error) {
-	err = inNamespace(opts.NetNS, func() error {
-		return withIPVS(func(c *ipvsConn) error {
-			h, err := openHost(0)
-			if err != nil {
-				return err
-			}
-			defer h.close() //nolint:errcheck // nothing was written
-			servers, err := managedServers(c, h, opts)
-			if err != nil {
-				return err
-			}
-			remain = len(servers) > 0
-			addrs, err := h.kubeProxyAddrs()
-			for a := range addrs {
-				shared = append(shared, netip.PrefixFrom(a, a.BitLen()))
-			}
-			return err
-		})
+	err = withManagedServers(opts, func(_ *ipvsConn, h *host, servers []serverKey) error {
+		remain = len(servers) > 0
+		addrs, err := h.kubeProxyAddrs()
+		for a := range addrs {
+			shared = append(shared, netip.PrefixFrom(a, a.BitLen()))
+		}
+		return err
 	})
 	return remain, shared, err
 }
 
 // OpenConnections returns the number of open TCP connections that end with Cleanup.
 func OpenConnections(opts Options) (open int, err error) {
-	err = inNamespace(opts.NetNS, func() error {
+	err = withManagedServers(opts, func(c *ipvsConn, _ *host, servers []serverKey) error {
+		open, err = c.countActive(servers)
+		return err
+	})
+	return open, err
+}
+
+// withManagedServers calls read with the virtual servers of Fairlead.
+func withManagedServers(opts Options, read func(*ipvsConn, *host, []serverKey) error) error {
+	return inNamespace(opts.NetNS, func() error {
 		return withIPVS(func(c *ipvsConn) error {
 			h, err := openHost(0)
 			if err != nil {
@@ -90,9 +88,7 @@ func OpenConnections(opts Options) (open int, err error) {
 			if err != nil {
 				return err
 			}
-			open, err = c.countActive(servers)
-			return err
+			return read(c, h, servers)
 		})
 	})
-	return open, err
 }
