@@ -64,6 +64,10 @@ type Options struct {
 	// Services need: for EndpointSlices, garbage collection, deleted namespaces, ServiceCIDRs
 	// and Service accounts.
 	ControllerManager bool
+	// Nodes prepares the control plane for kubelets: the API server connects to them, lets
+	// each change only its own objects, and requires Service accounts for Pods. With
+	// ControllerManager, all default controllers run.
+	Nodes bool
 	// APIServerArgs and ControllerManagerArgs are additional flags of these programs. They
 	// override the flags that this package sets.
 	APIServerArgs, ControllerManagerArgs []string
@@ -186,7 +190,11 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 	if err := cp.Kubeconfig(config, "system:kube-controller-manager", "system:masters"); err != nil {
 		return err
 	}
-	cp.controllerManagerArgs = append(controllerManagerArgs(config), cp.options.ControllerManagerArgs...)
+	cp.controllerManagerArgs = controllerManagerArgs(config)
+	if cp.options.Nodes {
+		cp.controllerManagerArgs = append(commonControllerManagerArgs(config), nodeControllerArgs(cp.keys)...)
+	}
+	cp.controllerManagerArgs = append(cp.controllerManagerArgs, cp.options.ControllerManagerArgs...)
 	// The API server waits for etcd, so both can start at once.
 	return cp.startAPIServer(ctx)
 }
@@ -468,6 +476,10 @@ func (cp *ControlPlane) CertPool() *x509.CertPool {
 	return pool
 }
 
+// CAFile returns the file with the certificate authority of all certificates, which
+// [ControlPlane.Dir] contains.
+func (cp *ControlPlane) CAFile() string { return cp.keys.ca.certFile }
+
 func etcdArgs() []string {
 	// Unix sockets relative to the working directory of the programs need no free port, and
 	// work in every network namespace.
@@ -506,9 +518,6 @@ func (cp *ControlPlane) apiserverArgs() []string {
 		"--service-account-signing-key-file=" + k.serviceAccount.keyFile,
 		"--service-cluster-ip-range=" + strings.Join(cidrs, ","),
 		"--allow-privileged",
-		// Otherwise Pods would have to wait for the Service accounts of new namespaces, which
-		// only a controller manager creates.
-		"--disable-admission-plugins=ServiceAccount",
 		"--profiling=false",
 		// Requests of one test must not wait for requests of another.
 		"--enable-priority-and-fairness=false",
@@ -519,10 +528,46 @@ func (cp *ControlPlane) apiserverArgs() []string {
 		// Endpoints must not be loopback addresses.
 		args = append(args, "--endpoint-reconciler-type=none")
 	}
-	return args
+	if cp.options.Nodes {
+		return append(args,
+			"--enable-admission-plugins=NodeRestriction",
+			"--kubelet-client-certificate="+k.admin.certFile,
+			"--kubelet-client-key="+k.admin.keyFile,
+			"--kubelet-preferred-address-types=InternalIP",
+		)
+	}
+	// Otherwise Pods would have to wait for the Service accounts of new namespaces, which only a
+	// controller manager creates.
+	return append(args, "--disable-admission-plugins=ServiceAccount")
+}
+
+// nodeControllerArgs are the flags of controllers that [Options.Nodes] adds.
+func nodeControllerArgs(k *keys) []string {
+	return []string{
+		"--use-service-account-credentials",
+		"--root-ca-file=" + k.ca.certFile,
+		"--service-account-private-key-file=" + k.serviceAccount.keyFile,
+		"--cluster-signing-cert-file=" + k.ca.certFile,
+		"--cluster-signing-key-file=" + k.ca.keyFile,
+		"--allocate-node-cidrs=false",
+	}
 }
 
 func controllerManagerArgs(kubeconfig string) []string {
+	return append(commonControllerManagerArgs(kubeconfig),
+		"--controllers="+strings.Join([]string{
+			"endpointslice-controller",
+			"endpointslice-mirroring-controller",
+			"garbage-collector-controller",
+			"namespace-controller",
+			"root-ca-certificate-publisher-controller",
+			"service-cidr-controller",
+			"serviceaccount-controller",
+		}, ","),
+	)
+}
+
+func commonControllerManagerArgs(kubeconfig string) []string {
 	return []string{
 		"--kubeconfig=" + kubeconfig,
 		"--authentication-kubeconfig=" + kubeconfig,
@@ -533,15 +578,6 @@ func controllerManagerArgs(kubeconfig string) []string {
 		"--kube-api-qps=500",
 		"--kube-api-burst=1000",
 		"--concurrent-service-endpoint-syncs=10",
-		"--controllers=" + strings.Join([]string{
-			"endpointslice-controller",
-			"endpointslice-mirroring-controller",
-			"garbage-collector-controller",
-			"namespace-controller",
-			"root-ca-certificate-publisher-controller",
-			"service-cidr-controller",
-			"serviceaccount-controller",
-		}, ","),
 	}
 }
 

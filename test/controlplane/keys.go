@@ -64,7 +64,7 @@ func newKeys(dir string, addr netip.Addr, serviceCIDRs []netip.Prefix) (*keys, e
 	if k.serviceAccount, err = k.newKeyPair(&x509.Certificate{}); err != nil {
 		return nil, err
 	}
-	for name, p := range map[string]*keyPair{"ca": k.ca, "serving": k.serving, "service-account": k.serviceAccount} {
+	for name, p := range map[string]*keyPair{"ca": k.ca, "serving": k.serving, "admin": k.admin, "service-account": k.serviceAccount} {
 		p.keyFile, p.certFile = filepath.Join(dir, name+".key"), filepath.Join(dir, name+".crt")
 		if err := os.WriteFile(p.keyFile, p.keyPEM, 0o600); err != nil {
 			return nil, fmt.Errorf("write a key: %w", err)
@@ -96,7 +96,7 @@ func (k *keys) newKeyPair(template *x509.Certificate) (*keyPair, error) {
 }
 
 func makeKeyPair(template *x509.Certificate, ca *keyPair) (*keyPair, error) {
-	const validity, skew, serialBits = 24 * time.Hour, time.Hour, 100
+	const validity, skew, serialBits = 365 * 24 * time.Hour, time.Hour, 100
 	p := &keyPair{}
 	var err error
 	if p.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
