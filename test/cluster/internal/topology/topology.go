@@ -54,6 +54,8 @@ type Cluster struct {
 	ControlPlane string `json:"controlPlane"`
 	// Images are the archives of container images that the nodes load.
 	Images []string `json:"images"`
+	// SandboxImage is the image of pods' sandboxes.
+	SandboxImage string `json:"sandboxImage"`
 	// Chart is the directory of Fairlead's Helm chart.
 	Chart string `json:"chart"`
 }
@@ -169,7 +171,9 @@ func Host() []netip.Prefix {
 func APIServer() netip.AddrPort { return netip.AddrPortFrom(host(nodesIPv4, 1), APIServerPort) }
 
 // PodCIDRs are the networks of all pods.
-func PodCIDRs() []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), podsIPv6} }
+func PodCIDRs() []netip.Prefix {
+	return []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), podsIPv6}
+}
 
 // ServiceCIDRs are the networks of Services.
 func ServiceCIDRs() []netip.Prefix {
