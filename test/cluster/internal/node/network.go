@@ -20,8 +20,8 @@ import (
 // creates it.
 const Interface = "eth0"
 
-// configureNetwork sets the node's addresses and the routes to the pods of other nodes.
-func configureNetwork(ctx context.Context, cluster *topology.Cluster, n topology.Node) error {
+// ConfigureNetwork sets the node's addresses and the routes to the pods of other nodes.
+func ConfigureNetwork(ctx context.Context, cluster *topology.Cluster, n topology.Node) error {
 	link, err := waitForLink(ctx, Interface)
 	if err != nil {
 		return err

@@ -38,7 +38,7 @@ func Run(ctx context.Context, state string, number int) error {
 	if err := unix.Sethostname([]byte(n.Name)); err != nil {
 		return fmt.Errorf("set the host name: %w", err)
 	}
-	if err := configureNetwork(ctx, cluster, n); err != nil {
+	if err := ConfigureNetwork(ctx, cluster, n); err != nil {
 		return fmt.Errorf("configure the network: %w", err)
 	}
 	if err := writeFiles(dir, cluster, n); err != nil {
