@@ -105,7 +105,7 @@ test: deps nftables controlplane kube-proxy ## run all tests except e2e with the
 	CGO_ENABLED=1 go test -race -shuffle=on -timeout=30m ./...
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
-	@$(MAKE) --no-print-directory test-chart test-page
+	@$(MAKE) --no-print-directory test-chart test-page test-cluster
 
 .PHONY: test-page
 test-page: deps ## test the status page in Chromium (root); FAIRLEAD_SCREENSHOTS=FOLDER keeps pictures
@@ -141,6 +141,54 @@ RUN ?= .
 e2e: deps controlplane kube-proxy ## run end-to-end tests with a real Kubernetes control plane (root); RUN=regexp
 	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
 	$(if $(filter .,$(RUN)),@$(MAKE) --no-print-directory test-monitoring)
+
+# A Kubernetes cluster on this machine. The packages are for the images that its tests use.
+CLUSTER := bin/fairlead-cluster
+CLUSTER_PACKAGES := bind9-dnsutils busybox-static conntrack curl iperf netcat-openbsd socat util-linux wget
+# Nodes, Service proxy (fairlead, kube-proxy or none) and its MODE, as in
+# make cluster NODES=6 PROXY=kube-proxy. IPVS needs a kernel with it: MODE=ipvs.
+NODES ?= $(if $(FULL),6,3)
+PROXY ?= fairlead
+CLUSTER_FLAGS = -image=bin/cluster-image -nodes=$(NODES) -proxy=$(PROXY) -mode=$(if $(filter fairlead,$(PROXY)),$(MODE))
+# Node and command of make cluster-shell NODE=node1 COMMAND='ss -ltn'; the default is a shell
+# beside the control plane.
+NODE ?=
+COMMAND ?=
+# Document for the results of make conformance; empty writes none.
+DOCUMENT ?= docs/conformance.md
+
+.PHONY: cluster-programs
+cluster-programs: controlplane kube-proxy ## build kubelet, containerd and other programs of a cluster in .cache; the first build takes about 20 minutes
+	@test/deps.sh $(CLUSTER_PACKAGES)
+	@test/cluster/build.sh
+	@go build -C test/cluster -o '$(CURDIR)/$(CLUSTER)' .
+
+GOARCH_HOST := $(shell go env GOARCH)
+
+.PHONY: cluster-image
+cluster-image: bin/linux-$(GOARCH_HOST)/fairlead
+	@go run -C internal/release . image -layout='$(CURDIR)/bin/cluster-image' -version='$(VERSION)' -revision='$(REVISION)' \
+		-created='$(SOURCE_DATE_EPOCH)' '$(CURDIR)/bin/linux-$(GOARCH_HOST)/fairlead'
+
+.PHONY: cluster
+cluster: cluster-programs cluster-image ## start a Kubernetes cluster with Fairlead (root), under a minute; NODES=6 PROXY=kube-proxy MODE=ipvs ARGS=flags
+	$(CLUSTER) start $(CLUSTER_FLAGS) $(ARGS)
+
+.PHONY: cluster-shell
+cluster-shell: ## start a shell with kubectl in the cluster; NODE=node1 COMMAND='kubectl get pods -A'
+	@$(CLUSTER) shell -node=$(NODE) -- $(if $(COMMAND),bash -c '$(COMMAND)')
+
+.PHONY: cluster-stop
+cluster-stop: ## end the cluster
+	@$(CLUSTER) stop
+
+.PHONY: conformance
+conformance: cluster-programs cluster-image ## run Kubernetes' [Conformance] tests of sig-network in a new cluster (root); PROXY=kube-proxy, or FULL=1 for all tests
+	$(CLUSTER) conformance $(CLUSTER_FLAGS) -version='$(VERSION)' -document='$(DOCUMENT)' $(if $(FULL),-full) $(ARGS)
+
+.PHONY: test-cluster
+test-cluster: ## test the programs that start a cluster (root), some seconds
+	cd test/cluster && go vet ./... && go test -count=1 -timeout=10m ./...
 
 .PHONY: test-monitoring
 test-monitoring: deps kube-proxy ## compare metrics and HTTP endpoints with kube-proxy's (root)
@@ -290,6 +338,7 @@ lint: ## run golangci-lint and the prose linter, and check that go.mod is tidy
 	cd test/monitoring && go mod tidy -diff
 	cd test/chart && go mod tidy -diff
 	cd test/statuspage && go mod tidy -diff
+	cd test/cluster && go mod tidy -diff
 	cd internal/release && go mod tidy -diff
 
 # Commit to compare the API with: make apidiff BASE=main

@@ -66,7 +66,8 @@ func Wait(ctx context.Context, client kubernetes.Interface, nodes int, objects [
 	return nil
 }
 
-// condition reports what is missing, or an empty string.
+// condition is a condition of the cluster. check describes the difference, or returns an empty
+// string.
 type condition struct {
 	name  string
 	check func() (string, error)

@@ -42,8 +42,8 @@ func PIDFile(state, nodeName string) string { return filepath.Join(state, nodeNa
 // startTimeout bounds the start of all nodes and pods on a busy machine with two processors.
 const startTimeout = 5 * time.Minute
 
-// Run starts the cluster that the state directory describes, and runs it until ctx ends or one of
-// its programs does.
+// Run starts the cluster that the state directory describes, and runs it until ctx ends or a
+// program ends.
 func Run(ctx context.Context, state string, log *slog.Logger) error {
 	cluster, err := topology.Read(state)
 	if err != nil {

@@ -27,7 +27,7 @@ const (
 	CAFile     = "ca.crt"
 )
 
-// Run starts a node and returns when one of its programs ends.
+// Run starts a node and returns when a program of it ends.
 func Run(ctx context.Context, state string, number int) error {
 	cluster, err := topology.Read(state)
 	if err != nil {
