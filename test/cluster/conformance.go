@@ -84,16 +84,16 @@ func (o *conformanceOptions) test(ctx context.Context, l *lab.Lab, cluster *topo
 		return err
 	}
 	suite := &conformance.Suite{Lab: l, Cluster: cluster, Directory: o.results, Processes: o.procs, Focus: o.focus}
+	// A new version of Kubernetes may have new tests that an exclusion matches.
+	names, err := suite.List(ctx)
+	if err != nil {
+		return err
+	}
+	if err := conformance.CheckExclusions(exclusions, names); err != nil {
+		return err
+	}
 	switch {
 	case o.full:
-		// The list of all tests shows tests that are new in this version of Kubernetes.
-		names, err := suite.List(ctx)
-		if err != nil {
-			return err
-		}
-		if err := conformance.CheckExclusions(exclusions, names); err != nil {
-			return err
-		}
 		suite.Exclusions = exclusions
 	case o.focus == "":
 		suite.Labels = "Conformance"

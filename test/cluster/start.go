@@ -87,7 +87,7 @@ func (o *startOptions) prepare(ctx context.Context) (*topology.Cluster, error) {
 	names := images.ParseList(string(out))
 	archive := filepath.Join(cache, "cluster", "images.tar")
 	if err := images.Write(ctx, archive, programs, names); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("create the images; make cluster-programs builds the programs that they need: %w", err)
 	}
 	cluster.Images = []string{archive}
 	if cluster.SandboxImage, err = sandboxImage(names); err != nil {

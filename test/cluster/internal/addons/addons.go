@@ -6,10 +6,12 @@ import (
 	"bytes"
 	"context"
 	_ "embed"
+	"errors"
 	"fmt"
 	"strings"
 	"text/template"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -75,15 +77,22 @@ func decode(text string) ([]*unstructured.Unstructured, error) {
 	return objects, nil
 }
 
-// Apply creates objects, or changes them if they exist.
+// Apply creates objects, or changes them if they exist. A new API server may not have created the
+// namespace kube-system yet, so Apply tries again until ctx ends.
 func Apply(ctx context.Context, client dynamic.Interface, objects []*unstructured.Unstructured) error {
 	for _, object := range objects {
 		// The plural of all kinds here follows the usual rule.
 		resource, _ := meta.UnsafeGuessKindToResource(object.GroupVersionKind())
-		_, err := client.Resource(resource).Namespace(object.GetNamespace()).
-			Apply(ctx, object.GetName(), object, metav1.ApplyOptions{FieldManager: "fairlead-cluster", Force: true})
-		if err != nil {
-			return fmt.Errorf("apply %s %s: %w", object.GetKind(), object.GetName(), err)
+		namespaced := client.Resource(resource).Namespace(object.GetNamespace())
+		apply := condition{object.GetKind() + " " + object.GetName(), func() (string, error) {
+			_, err := namespaced.Apply(ctx, object.GetName(), object, metav1.ApplyOptions{FieldManager: "fairlead-cluster", Force: true})
+			if err != nil && !apierrors.IsNotFound(err) {
+				return "", errors.Join(errPermanent, err)
+			}
+			return "", err
+		}}
+		if err := apply.wait(ctx); err != nil {
+			return fmt.Errorf("apply %s: %w", apply.name, err)
 		}
 	}
 	return nil

@@ -2,6 +2,7 @@ package addons
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -73,12 +74,16 @@ type condition struct {
 	check func() (string, error)
 }
 
+// errPermanent marks an error that does not go away.
+var errPermanent = errors.New("cannot succeed")
+
+// wait calls check until there is neither a difference nor an error.
 func (c condition) wait(ctx context.Context) error {
 	const period = 250 * time.Millisecond
 	for {
 		text, err := c.check()
-		if err == nil && text == "" {
-			return nil
+		if err == nil && text == "" || errors.Is(err, errPermanent) {
+			return err
 		}
 		select {
 		case <-ctx.Done():

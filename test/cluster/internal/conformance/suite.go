@@ -36,11 +36,14 @@ const (
 	outputFile = "output.log"
 )
 
+// all matches all tests of sig-network.
+const all = `\[sig-network\]`
+
 func (s *Suite) focus() string {
 	if s.Focus != "" {
 		return s.Focus
 	}
-	return `\[sig-network\]`
+	return all
 }
 
 func (s *Suite) program(name string) string { return filepath.Join(s.Cluster.Programs, name) }
@@ -48,7 +51,7 @@ func (s *Suite) program(name string) string { return filepath.Join(s.Cluster.Pro
 // List returns the names of all tests of sig-network in the program.
 func (s *Suite) List(ctx context.Context) ([]string, error) {
 	path := filepath.Join(s.Directory, listFile)
-	cmd := exec.CommandContext(ctx, s.program("e2e.test"), "--ginkgo.dry-run", "--ginkgo.json-report="+path, "--ginkgo.focus="+s.focus(),
+	cmd := exec.CommandContext(ctx, s.program("e2e.test"), "--ginkgo.dry-run", "--ginkgo.json-report="+path, "--ginkgo.focus="+all,
 		"--provider=skeleton", "--kubeconfig=/nonexistent") //nolint:gosec // our own program
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("list the tests: %w\n%s", err, out)
