@@ -14,11 +14,13 @@ import (
 	"testing"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -235,6 +237,58 @@ func TestRBAC(t *testing.T) {
 	}
 	if err := cp.ServiceAccountKubeconfig(ctx, filepath.Join(t.TempDir(), "kubeconfig"), "kube-system", "nobody"); err == nil {
 		t.Error("got a token for a Service account that does not exist")
+	}
+}
+
+// TestNodes checks what a control plane for real nodes adds: a kubelet may change only its own
+// Node, Pods get the account of their namespace, and controllers that other tests do not need run.
+func TestNodes(t *testing.T) {
+	t.Parallel()
+	cp := controlplane.Start(t, controlplane.Options{ControllerManager: true, Nodes: true})
+	admin := newClient(t, cp.Config())
+	ctx := t.Context()
+	for _, name := range []string{"node1", "node2"} {
+		if _, err := admin.CoreV1().Nodes().Create(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	path := filepath.Join(t.TempDir(), "kubeconfig")
+	if err := cp.Kubeconfig(path, "system:node:node1", "system:nodes"); err != nil {
+		t.Fatal(err)
+	}
+	kubelet := clientFromKubeconfig(t, path)
+	patch := []byte(`{"metadata": {"annotations": {"a": "b"}}}`)
+	if _, err := kubelet.CoreV1().Nodes().Patch(ctx, "node1", types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+		t.Errorf("the kubelet of node1 changes node1: %v", err)
+	}
+	if _, err := kubelet.CoreV1().Nodes().Patch(ctx, "node2", types.MergePatchType, patch, metav1.PatchOptions{}); !apierrors.IsForbidden(err) {
+		t.Errorf("the kubelet of node1 changes node2: got %v, want Forbidden", err)
+	}
+	eventually(t, func() error { // the account is created after the namespace
+		_, err := admin.AppsV1().Deployments("default").Create(ctx, &appsv1.Deployment{
+			ObjectMeta: metav1.ObjectMeta{Name: "web"},
+			Spec: appsv1.DeploymentSpec{
+				Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}},
+				Template: corev1.PodTemplateSpec{
+					ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"app": "web"}},
+					Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "web", Image: "web"}}},
+				},
+			},
+		}, metav1.CreateOptions{})
+		if err != nil && !apierrors.IsAlreadyExists(err) {
+			return err
+		}
+		pods, err := admin.CoreV1().Pods("default").List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		if len(pods.Items) != 1 || pods.Items[0].Spec.ServiceAccountName != "default" || len(pods.Items[0].Spec.Volumes) != 1 {
+			return fmt.Errorf("Pods %v, want one with a token of the account default", pods.Items)
+		}
+		return nil
+	})
+	if _, err := os.Stat(cp.CAFile()); err != nil {
+		t.Error(err)
 	}
 }
 
