@@ -50,7 +50,7 @@ from its Helm chart with the default values. [cluster.md](cluster.md) describes 
     make conformance FULL=1                 # all tests of sig-network that can run on one machine
 
 ` + "`test/cluster/internal/conformance/skipped.txt`" + ` lists the tests that FULL=1 skips, with the reason of each. A run fails if the list is not
-complete. "–" means that a test was not part of the last run.
+complete. FULL=1 also sets ` + "`nodePortAddresses`" + ` and ` + "`podLabels`" + ` in Fairlead's chart, because some tests need them. "–" means that a test was not part of the last run.
 `
 	conformanceHeading = "## [Conformance] tests"
 	otherHeading       = "## Other tests"

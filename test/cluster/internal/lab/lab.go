@@ -241,7 +241,8 @@ func (l *Lab) Command(ctx context.Context, nodeName string, args ...string) (*ex
 	}
 	args = namespaces.Command(pid, args...)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), "PATH="+cluster.Programs+":"+os.Getenv("PATH"), "KUBECONFIG="+l.Kubeconfig())
+	cmd.Env = append(os.Environ(), "PATH="+cluster.Programs+":"+os.Getenv("PATH"), "KUBECONFIG="+l.Kubeconfig(),
+		"KUBECACHEDIR="+filepath.Join(l.state, "kubectl-cache"), "TMPDIR="+l.state)
 	return cmd, nil
 }
 

@@ -19,7 +19,7 @@ var script []byte
 
 // Options describes the namespaces and what runs in them.
 type Options struct {
-	// Dir is an existing directory for the files of the namespaces.
+	// Dir is an existing directory for the files of the namespaces, including temporary files.
 	Dir string
 	// Node makes the mounts of a node.
 	Node bool
@@ -46,7 +46,7 @@ func Start(o Options) (*exec.Cmd, error) {
 	}
 	args := append([]string{path, "enter", kind, o.Pause}, o.Program...)
 	cmd := exec.Command("/bin/sh", args...) //nolint:noctx // it runs until its first process ends
-	cmd.Env = append(os.Environ(), "CGROUPS="+o.Group.Lines(), "NODE_DIR="+o.Dir)
+	cmd.Env = append(os.Environ(), "CGROUPS="+o.Group.Lines(), "NODE_DIR="+o.Dir, "TMPDIR="+o.Dir)
 	cmd.Stdout, cmd.Stderr = o.Output, o.Output
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC,

@@ -14,20 +14,26 @@ import (
 	"fairlead.io/fairlead/test/cluster/internal/namespaces"
 )
 
+func TestNamespaces(t *testing.T) {
+	t.Parallel()
+	pause := filepath.Join(t.TempDir(), "pause")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", pause, "../../pause")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build pause: %v\n%s", err, out)
+	}
+	t.Run("a program sees only its own", func(t *testing.T) { testSeparate(t, pause) })
+	t.Run("killing the first process ends all", func(t *testing.T) { testKill(t, pause) })
+}
+
 // start runs a shell script in new namespaces.
 func start(t *testing.T, o namespaces.Options, script string) *exec.Cmd {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("needs root")
 	}
-	o.Pause = filepath.Join(t.TempDir(), "pause")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", o.Pause, "../../pause")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build pause: %v\n%s", err, out)
-	}
 	var err error
-	if o.Group, err = cgroup.Create(fmt.Sprintf("fairlead-test-%s-%d", t.Name(), os.Getpid())); err != nil {
+	if o.Group, err = cgroup.Create(fmt.Sprintf("fairlead-test-%d", os.Getpid())); err != nil {
 		t.Fatal(err)
 	}
 	o.Program = []string{"/bin/sh", "-euc", script}
@@ -45,10 +51,10 @@ func start(t *testing.T, o namespaces.Options, script string) *exec.Cmd {
 	return cmd
 }
 
-// TestSeparate checks that a program sees none of the machine's processes, interfaces and control
+// testSeparate checks that a program sees none of the machine's processes, interfaces and control
 // groups, and that a node's files are its own.
-func TestSeparate(t *testing.T) {
-	t.Parallel()
+func testSeparate(t *testing.T, pause string) {
+	t.Helper()
 	// A directory outside of /var, /etc, /opt and /run.
 	dir, err := os.MkdirTemp(".", "node-")
 	if err != nil {
@@ -63,7 +69,7 @@ func TestSeparate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer output.Close() //nolint:errcheck // read below
-	cmd := start(t, namespaces.Options{Dir: dir, Node: true, Output: output}, `
+	cmd := start(t, namespaces.Options{Dir: dir, Node: true, Pause: pause, Output: output}, `
 		echo first process: $(cat /proc/1/comm)
 		echo interfaces: $(ls /proc/sys/net/ipv4/conf)
 		echo control groups: $(cut -d: -f3 /proc/self/cgroup | sort -u)
@@ -100,13 +106,13 @@ func TestSeparate(t *testing.T) {
 	}
 }
 
-// TestKill checks that killing the first process ends the others, and that the control groups can
+// testKill checks that killing the first process ends the others, and that the control groups can
 // then be removed.
-func TestKill(t *testing.T) {
-	t.Parallel()
+func testKill(t *testing.T, pause string) {
+	t.Helper()
 	dir := t.TempDir()
 	mark := fmt.Sprint(3_000_000 + os.Getpid()) // an argument that finds the process
-	cmd := start(t, namespaces.Options{Dir: dir}, "setsid sleep "+mark+" & sleep "+mark)
+	cmd := start(t, namespaces.Options{Dir: dir, Pause: pause}, "setsid sleep "+mark+" & sleep "+mark)
 	eventually(t, "two processes", func() bool { return processes(t, "sleep\x00"+mark) == 2 })
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)

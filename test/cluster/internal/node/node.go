@@ -45,8 +45,7 @@ func Run(ctx context.Context, state string, number int) error {
 		return err
 	}
 	search := "PATH=" + cluster.Programs + ":" + os.Getenv("PATH")
-	// Temporary files and caches must not appear outside of the node.
-	group := programs.NewGroup(filepath.Join(state, "log"), search, "TMPDIR="+dir, "HOME="+dir)
+	group := programs.NewGroup(filepath.Join(state, "log"), search, "HOME="+dir)
 	if err := group.Start(n.Name+"-containerd", filepath.Join(cluster.Programs, "containerd"), "--log-level=warn"); err != nil {
 		return err
 	}
