@@ -98,11 +98,12 @@ kube-proxy: ## build kube-proxy for tests and benchmarks in .cache; the first bu
 kube-proxy-flags: kube-proxy ## write the list of kube-proxy's flags that a test compares with docs/compatibility.md
 	.cache/kube-proxy/kube-proxy --help | grep -oE '^ +(-[a-z], )?--[a-z0-9-]+' | sed 's/.*--//' | sort >cmd/fairlead/testdata/kube-proxy-flags.txt
 
-# -race needs cgo and therefore the C compiler that deps installs.
+# -race needs cgo and therefore the C compiler that deps installs. The packages whose tests take
+# longest start first, so that both processors are busy until the end.
 .PHONY: test
 test: deps nftables controlplane kube-proxy ## run all tests except e2e with the race detector, and briefly all fuzz targets and benchmarks (root)
 	go vet -tags=e2e,ipvs ./...
-	CGO_ENABLED=1 go test -race -shuffle=on -timeout=30m ./...
+	CGO_ENABLED=1 go test -race -shuffle=on -timeout=30m ./nft ./cmd/fairlead ./...
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
 	@$(MAKE) --no-print-directory test-chart test-page test-cluster
