@@ -150,18 +150,20 @@ CLUSTER_PACKAGES := bind9-dnsutils busybox-static conntrack curl iperf netcat-op
 # make cluster NODES=6 PROXY=kube-proxy. IPVS needs a kernel with it: MODE=ipvs.
 NODES ?= $(if $(FULL),6,3)
 PROXY ?= fairlead
-CLUSTER_FLAGS = -image=bin/cluster-image -nodes=$(NODES) -proxy=$(PROXY) -mode=$(if $(filter fairlead,$(PROXY)),$(MODE))
+CLUSTER_FLAGS = -image=bin/cluster-image -nodes=$(NODES) -proxy=$(PROXY) -mode=$(if $(filter fairlead,$(PROXY)),$(MODE)) -kubernetes=$(KUBERNETES)
 # Node and command of make cluster-shell NODE=node1 COMMAND='ss -ltn'; the default is a shell
 # beside the control plane.
 NODE ?=
 COMMAND ?=
 # Document for the results of make conformance; empty writes none.
 DOCUMENT ?= docs/conformance.md
+# Release of Kubernetes, if not the newest: one of test/cluster/kubernetes-*, as in KUBERNETES=1.29.
+KUBERNETES ?=
 
 .PHONY: cluster-programs
 cluster-programs: controlplane kube-proxy ## build kubelet, containerd and other programs of a cluster in .cache; the first build takes about 20 minutes
 	@test/deps.sh $(CLUSTER_PACKAGES)
-	@test/cluster/build.sh
+	@test/cluster/build.sh $(if $(KUBERNETES),all kubernetes-$(KUBERNETES))
 	@go build -C test/cluster -o '$(CURDIR)/$(CLUSTER)' .
 
 GOARCH_HOST := $(shell go env GOARCH)
@@ -172,7 +174,7 @@ cluster-image: bin/linux-$(GOARCH_HOST)/fairlead
 		-created='$(SOURCE_DATE_EPOCH)' '$(CURDIR)/bin/linux-$(GOARCH_HOST)/fairlead'
 
 .PHONY: cluster
-cluster: cluster-programs cluster-image ## start a Kubernetes cluster with Fairlead (root), under a minute; NODES=6 PROXY=kube-proxy MODE=ipvs ARGS=flags
+cluster: cluster-programs cluster-image ## start a Kubernetes cluster with Fairlead (root), under a minute; NODES=6 PROXY=kube-proxy MODE=ipvs KUBERNETES=1.29 ARGS=flags
 	$(CLUSTER) start $(CLUSTER_FLAGS) $(ARGS)
 
 .PHONY: cluster-shell
@@ -184,7 +186,7 @@ cluster-stop: ## end the cluster
 	@$(CLUSTER) stop
 
 .PHONY: conformance
-conformance: cluster-programs cluster-image ## run Kubernetes' [Conformance] tests of sig-network in a new cluster (root); PROXY=kube-proxy, or FULL=1 for all tests
+conformance: cluster-programs cluster-image ## run Kubernetes' [Conformance] tests of sig-network in a new cluster (root); PROXY=kube-proxy, KUBERNETES=1.29, or FULL=1 for all tests
 	$(CLUSTER) conformance $(CLUSTER_FLAGS) -version='$(VERSION)' -document='$(DOCUMENT)' $(if $(FULL),-full) $(ARGS)
 
 .PHONY: test-cluster

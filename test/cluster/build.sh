@@ -8,11 +8,17 @@
 #   cni/bridge, cni/host-local, ...             test/cluster/cni/go.mod
 #   coredns                                     test/cluster/coredns/go.mod
 #
+# and with the argument kubernetes-1.29, in .cache/cluster/kubernetes-1.29:
+#
+#   kube-apiserver, kube-controller-manager, kube-scheduler,
+#   kubelet, kubectl, e2e.test, ginkgo          test/cluster/kubernetes-1.29/go.mod
+#   links to the other programs
+#
 # The go.mod files pin the versions; no Debian release has them. etcd, kube-apiserver and
 # kube-controller-manager come from test/controlplane/build.sh, and kube-proxy from
 # bench/kubeproxy/build.sh. The first build takes about ten minutes on two cores. A group is not
 # built again unless its versions, its sources or the Go toolchain change. Arguments are the
-# groups to build; the default is all. Needs only Go, not root.
+# groups to build; all, the default, means those above. Needs only Go, not root.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -81,6 +87,27 @@ build_coredns() {
 	install coredns
 }
 
+# build_kubernetes-1.29 builds an older release of Kubernetes in a directory of its own, and links
+# the programs that do not depend on the release.
+build_kubernetes-1.29() {
+	cd "$here/kubernetes-1.29"
+	local out=$work/kubernetes-1.29 kubernetes major minor pkg=k8s.io/component-base/version p
+	kubernetes=$(version k8s.io/kubernetes)
+	IFS=. read -r major minor _ <<<"${kubernetes#v}"
+	local ldflags="-s -w -X $pkg.gitVersion=$kubernetes -X $pkg.gitMajor=$major -X $pkg.gitMinor=$minor -X $pkg.gitTreeState=clean"
+	# providerless leaves out the libraries of cloud providers, which newer releases do not have.
+	go build -tags providerless -ldflags "$ldflags" -o "$out/" \
+		k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kube-controller-manager k8s.io/kubernetes/cmd/kube-scheduler \
+		k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes/cmd/kubectl github.com/onsi/ginkgo/v2/ginkgo
+	go test -c -ldflags "$ldflags" -o "$out/e2e.test" ./suite
+	for p in agnhost cni containerd containerd-shim-runc-v2 coredns ctr pause regression-issue-74839; do
+		ln -s "../bin/$p" "$out/$p"
+	done
+	ln -s ../../controlplane/etcd "$out/etcd"
+	rm -rf "$cache/kubernetes-1.29"
+	mv "$out" "$cache/kubernetes-1.29"
+}
+
 # sources GROUP lists the files that a group is built from.
 sources() {
 	case $1 in
@@ -98,7 +125,7 @@ fingerprint() (
 	sha256sum $(sources "$1")
 )
 
-[ $# -gt 0 ] || set -- pause containerd cni coredns kubernetes
+[ "${1:-all}" != all ] || set -- pause containerd cni coredns kubernetes "${@:2}"
 mkdir "$work/cni"
 for group in "$@"; do
 	want=$(fingerprint "$group")

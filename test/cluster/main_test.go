@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"fairlead.io/fairlead/test/cluster/internal/addons"
+	"fairlead.io/fairlead/test/cluster/internal/conformance"
 	"fairlead.io/fairlead/test/cluster/internal/topology"
 )
 
@@ -20,6 +21,24 @@ func TestFullValues(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// TestOldest checks that the oldest release of Kubernetes in the document is the oldest that the
+// chart allows.
+func TestOldest(t *testing.T) {
+	t.Parallel()
+	for file, pattern := range map[string]string{
+		"deploy/chart/fairlead/Chart.yaml":                          `(?m)^kubeVersion: ">=` + conformance.Oldest + `\.0-0"$`,
+		"test/cluster/kubernetes-" + conformance.Oldest + "/go.mod": `(?m)k8s\.io/kubernetes v` + conformance.Oldest + `\.`,
+	} {
+		text, err := os.ReadFile(filepath.Join(root, file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !regexp.MustCompile(pattern).Match(text) {
+			t.Errorf("%s does not match %s", file, pattern)
+		}
 	}
 }
 

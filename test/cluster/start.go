@@ -20,9 +20,10 @@ import (
 
 // startOptions are the flags of commands that start a cluster.
 type startOptions struct {
-	cluster topology.Cluster
-	cache   string
-	layout  string
+	cluster    topology.Cluster
+	kubernetes string
+	cache      string
+	layout     string
 }
 
 func addStartFlags(flags *flag.FlagSet) *startOptions {
@@ -31,6 +32,7 @@ func addStartFlags(flags *flag.FlagSet) *startOptions {
 	flags.IntVar(&o.cluster.Zones, "zones", 3, "`number` of zones")
 	flags.StringVar(&o.cluster.Proxy, "proxy", topology.Fairlead, "Service `proxy`: fairlead, kube-proxy or none")
 	flags.StringVar(&o.cluster.Mode, "mode", "", "`mode` of the proxy: nft or ipvs; nftables, iptables or ipvs of kube-proxy")
+	flags.StringVar(&o.kubernetes, "kubernetes", "", "older `release` of Kubernetes, such as 1.29; empty means the newest")
 	flags.StringVar(&o.cluster.Values, "values", "", "values of Fairlead's Helm chart, in `YAML`, that change the defaults")
 	flags.StringVar(&o.cache, "cache", ".cache", "`directory` with the programs that make builds")
 	flags.StringVar(&o.layout, "image", "bin/image", "`directory` of Fairlead's image, which make image writes")
@@ -74,10 +76,18 @@ func (o *startOptions) prepare(ctx context.Context) (*topology.Cluster, error) {
 		return nil, err
 	}
 	cluster.Programs, cluster.ControlPlane = filepath.Join(cache, "cluster", "bin"), filepath.Join(cache, "controlplane")
+	archive := filepath.Join(cache, "cluster", "images.tar")
+	if o.kubernetes != "" {
+		if cluster.Proxy == topology.KubeProxy {
+			return nil, fmt.Errorf("kubernetes: %s: kube-proxy is the newest, which must not be newer than the API server", o.kubernetes)
+		}
+		cluster.Programs = filepath.Join(cache, "cluster", "kubernetes-"+o.kubernetes)
+		cluster.ControlPlane, archive = cluster.Programs, filepath.Join(cluster.Programs, "images.tar")
+	}
 	programs := images.Programs{Dir: cluster.Programs, KubeProxy: filepath.Join(cache, "kube-proxy", "kube-proxy")}
 	for _, path := range []string{filepath.Join(cluster.Programs, "kubelet"), filepath.Join(cluster.ControlPlane, "kube-apiserver"), programs.KubeProxy} {
 		if _, err := os.Stat(path); err != nil {
-			return nil, fmt.Errorf("a program is missing: run make cluster-programs: %w", err)
+			return nil, fmt.Errorf("a program is missing: run make cluster-programs KUBERNETES=%s: %w", o.kubernetes, err)
 		}
 	}
 	out, err := exec.CommandContext(ctx, filepath.Join(cluster.Programs, "e2e.test"), "--list-images").Output()
@@ -85,7 +95,6 @@ func (o *startOptions) prepare(ctx context.Context) (*topology.Cluster, error) {
 		return nil, fmt.Errorf("list the images of the end-to-end tests: %w", err)
 	}
 	names := images.ParseList(string(out))
-	archive := filepath.Join(cache, "cluster", "images.tar")
 	if err := images.Write(ctx, archive, programs, names); err != nil {
 		return nil, fmt.Errorf("create the images; make cluster-programs builds the programs that they need: %w", err)
 	}

@@ -328,7 +328,8 @@ func TestCompatibilityVersions(t *testing.T) {
 	release := regexp.MustCompile(`k8s.io/kubernetes v(\d+\.\d+)\.`).FindStringSubmatch(read("test/e2e/kubernetes/go.mod"))[1]
 	for _, r := range rows {
 		what, versions, test := r[1], r[2], r[3]
-		target, isTarget := strings.CutPrefix(test, "make ")
+		command, isTarget := strings.CutPrefix(test, "make ")
+		target, variables, _ := strings.Cut(command, " ")
 		if isTarget && !strings.Contains(makefile, "\n"+target+":") || !isTarget && !tests[test] {
 			t.Errorf("%s: there is no %s", what, test)
 		}
@@ -336,6 +337,8 @@ func TestCompatibilityVersions(t *testing.T) {
 		switch {
 		case test == "make test-vm":
 			want = kernels
+		case target == "conformance" && variables != "":
+			want = strings.TrimPrefix(variables, "KUBERNETES=") + ":"
 		case strings.Contains(what, "Kubernetes"):
 			want = release
 		}

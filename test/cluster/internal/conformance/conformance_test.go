@@ -51,6 +51,8 @@ func TestDocument(t *testing.T) {
 	nft := Run{Proxy: "Fairlead nft", Version: "v0.1", Kubernetes: "v1.37.2", Kernel: "6.18", Date: "2026-11-30"}
 	next := nft
 	next.Version = "v0.2"
+	oldest := nft
+	oldest.Kubernetes = "v1.29.15"
 	kubeProxy := Run{Proxy: "kube-proxy", Version: "v1.37.2 nftables", Kubernetes: "v1.37.2", Kernel: "6.18", Date: "2026-12-01"}
 
 	markdown := ""
@@ -61,6 +63,7 @@ func TestDocument(t *testing.T) {
 		{nft, []Test{conformance(Passed), {Name: "[sig-network] B a|b", Result: Failed}, {Name: "[sig-network] C", Result: Passed}}},
 		{kubeProxy, []Test{conformance(Skipped)}},
 		{next, []Test{conformance(Failed)}},
+		{oldest, []Test{conformance(Passed)}},
 	} {
 		d, err := Parse(markdown)
 		if err != nil {
@@ -92,6 +95,20 @@ func TestDocument(t *testing.T) {
 | test | Fairlead nft | Fairlead ipvs | kube-proxy |
 |---|---|---|---|
 | A [Conformance] | FAIL | – | skipped |
+
+## [Conformance] tests of Kubernetes 1.29
+
+| run | Fairlead nft | Fairlead ipvs |
+|---|---|---|
+| version | v0.1 | – |
+| Kubernetes | v1.29.15 | – |
+| kernel | 6.18 | – |
+| date | 2026-11-30 | – |
+| passed | 1 of 1 | – |
+
+| test | Fairlead nft | Fairlead ipvs |
+|---|---|---|
+| A [Conformance] | pass | – |
 
 ## Other tests
 

@@ -10,8 +10,9 @@ import (
 // Document contains the results of all proxies. Its Markdown is written for readers, and read
 // back when another run adds its results.
 type Document struct {
-	// Conformance has the [Conformance] tests, and Other all other tests.
-	Conformance, Other []Column
+	// Conformance has the [Conformance] tests, and Other all other tests. Oldest has the
+	// [Conformance] tests of the oldest release of Kubernetes.
+	Conformance, Oldest, Other []Column
 }
 
 // Column is the last run of a group of tests with a proxy.
@@ -34,7 +35,12 @@ type Run struct {
 }
 
 // Proxies returns the columns of a document.
-func Proxies() []string { return []string{"Fairlead nft", "Fairlead ipvs", "kube-proxy"} }
+func Proxies() []string { return []string{"Fairlead nft", "Fairlead ipvs", kubeProxy} }
+
+const kubeProxy = "kube-proxy"
+
+// Oldest is the oldest release of Kubernetes that Fairlead supports.
+const Oldest = "1.29"
 
 const (
 	notRun       = "–"
@@ -47,12 +53,14 @@ from its Helm chart with the default values. [cluster.md](cluster.md) describes 
     make conformance                        # the [Conformance] tests
     make conformance PROXY=kube-proxy       # the same tests against kube-proxy
     make conformance MODE=ipvs              # the same tests against Fairlead's mode ipvs
+    make conformance KUBERNETES=1.29        # the oldest supported Kubernetes: its control plane, nodes and [Conformance] tests
     make conformance FULL=1                 # all tests of sig-network that can run on one machine
 
 ` + "`test/cluster/internal/conformance/skipped.txt`" + ` lists the tests that FULL=1 skips, with the reason of each. A run fails if the list is not
 complete. FULL=1 also sets ` + "`nodePortAddresses`" + ` and ` + "`podLabels`" + ` in Fairlead's chart, because some tests need them. "–" means that a test was not part of the last run.
 `
 	conformanceHeading = "## [Conformance] tests"
+	oldestHeading      = "## [Conformance] tests of Kubernetes " + Oldest
 	otherHeading       = "## Other tests"
 	runHeader          = "run"
 	testHeader         = "test"
@@ -64,6 +72,9 @@ func newDocument() *Document {
 	for _, proxy := range Proxies() {
 		d.Conformance = append(d.Conformance, Column{Run: Run{Proxy: proxy}, Results: map[string]Result{}})
 		d.Other = append(d.Other, Column{Run: Run{Proxy: proxy}, Results: map[string]Result{}})
+		if proxy != kubeProxy {
+			d.Oldest = append(d.Oldest, Column{Run: Run{Proxy: proxy}, Results: map[string]Result{}})
+		}
 	}
 	return d
 }
@@ -79,6 +90,8 @@ func Parse(markdown string) (*Document, error) {
 		switch line {
 		case conformanceHeading:
 			columns = d.Conformance
+		case oldestHeading:
+			columns = d.Oldest
 		case otherHeading:
 			columns = d.Other
 		}
@@ -137,9 +150,13 @@ func (r *Run) fields() map[string]*string {
 // Update replaces the results of a proxy: those of the [Conformance] tests if the run has any, and
 // those of other tests if it has any.
 func (d *Document) Update(run Run, tests []Test) error {
-	i := slices.IndexFunc(d.Conformance, func(c Column) bool { return c.Proxy == run.Proxy })
+	columns := d.Conformance
+	if strings.HasPrefix(run.Kubernetes, "v"+Oldest+".") {
+		columns = d.Oldest
+	}
+	i := slices.IndexFunc(columns, func(c Column) bool { return c.Proxy == run.Proxy })
 	if i < 0 {
-		return fmt.Errorf("no column for %s", run.Proxy)
+		return fmt.Errorf("no column for %s with Kubernetes %s", run.Proxy, run.Kubernetes)
 	}
 	conformance, other := map[string]Result{}, map[string]Result{}
 	for _, t := range tests {
@@ -150,7 +167,7 @@ func (d *Document) Update(run Run, tests []Test) error {
 		}
 	}
 	if len(conformance) > 0 {
-		d.Conformance[i] = Column{Run: run, Results: conformance}
+		columns[i] = Column{Run: run, Results: conformance}
 	}
 	if len(other) > 0 {
 		d.Other[i] = Column{Run: run, Results: other}
@@ -163,6 +180,7 @@ func (d *Document) Markdown() string {
 	var b strings.Builder
 	b.WriteString(introduction)
 	writeSection(&b, conformanceHeading, d.Conformance)
+	writeSection(&b, oldestHeading, d.Oldest)
 	writeSection(&b, otherHeading, d.Other)
 	return b.String()
 }

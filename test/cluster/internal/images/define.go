@@ -34,17 +34,19 @@ const searchPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 // define returns the images of a cluster and of the end-to-end tests.
 func define(programs Programs, names []string) ([]definition, error) {
 	built := func(name string) string { return filepath.Join(programs.Dir, name) }
-	// wanted returns the names that the tests use for an image.
+	// wanted returns the names that the tests use for an image, which older releases call otherwise.
 	var errs []error
-	wanted := func(image string) []string {
+	wanted := func(images ...string) []string {
 		var found []string
 		for _, n := range names {
-			if strings.HasPrefix(n, "registry.k8s.io/") && strings.Contains(n, "/"+image+":") {
-				found = append(found, n)
+			for _, image := range images {
+				if strings.HasPrefix(n, "registry.k8s.io/") && strings.Contains(n, "/"+image+":") {
+					found = append(found, n)
+				}
 			}
 		}
 		if len(found) == 0 {
-			errs = append(errs, fmt.Errorf("the end-to-end tests list no image %s: adapt package images to their version", image))
+			errs = append(errs, fmt.Errorf("the end-to-end tests list no image %s: adapt package images to their version", strings.Join(images, " or ")))
 		}
 		return found
 	}
@@ -85,7 +87,7 @@ func define(programs Programs, names []string) ([]definition, error) {
 	definitions := []definition{
 		{names: wanted("pause"), layers: []*contents{pause}, config: v1.Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}},
 		{names: wanted("busybox"), layers: []*contents{base}, config: v1.Config{Cmd: []string{"sh"}, Env: env}},
-		{names: wanted("glibc-dns-testing"), layers: []*contents{base, utilities, coredns}, config: v1.Config{Cmd: []string{"bash"}, Env: env}},
+		{names: wanted("glibc-dns-testing", "jessie-dnsutils"), layers: []*contents{base, utilities, coredns}, config: v1.Config{Cmd: []string{"bash"}, Env: env}},
 		{
 			names: wanted("agnhost"), layers: []*contents{base, utilities, agnhost},
 			config: v1.Config{Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}, Env: env},
