@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/internal/agent/agenttest"
+	"fairlead.io/fairlead/internal/nettest"
 	"fairlead.io/fairlead/internal/nfhooks"
 	"fairlead.io/fairlead/internal/preflight"
 	"fairlead.io/fairlead/ipvs"
@@ -201,5 +203,41 @@ func TestDiffIPVS(t *testing.T) {
 		"sysctl net.ipv4.vs.conntrack: different", "-   0", "+   1")
 	if listing := n.command("ipvsadm", "-Ln", "-t", "10.96.0.10:80"); strings.Contains(listing, n.pods["a"].IPv4.String()) {
 		t.Errorf("the comparison has repaired the virtual server:\n%s", listing)
+	}
+}
+
+// TestTraceLiveIPVS follows a connection to the virtual server and to the endpoint that IPVS
+// selects, while the client opens more connections.
+func TestTraceLiveIPVS(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t, "a")
+	cluster, external := agenttest.ServiceAddrs(10, 80)[0], netip.MustParseAddrPort("192.0.2.10:80")
+	n.writeFile("backend.yaml", strings.Replace(serviceYAML("backend", 10, 80), "  ports:\n", "  externalIPs: [192.0.2.10]\n  ports:\n", 1))
+	n.writePods("backend", "a")
+	n.runIPVS()
+	for _, test := range []struct {
+		frontend netip.AddrPort
+		server   string
+	}{
+		{cluster, cluster.String()},
+		{external, ""}, // an internal address
+	} {
+		p := n.start(nil, slices.Concat([]string{"trace", n.client.IPv4.String(), test.frontend.String(), "--live"}, n.runArgs()[1:])...)
+		deadline := time.Now().Add(2 * time.Minute)
+		for ended := false; !ended; {
+			if _, err := connect(t.Context(), n.client, nettest.TCP, test.frontend); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-p.ended:
+				ended = true
+			case <-time.After(100 * time.Millisecond):
+				if time.Now().After(deadline) {
+					t.Fatal("fairlead trace does not end")
+				}
+			}
+		}
+		wantLines(t, p.log.String(), "    packet from "+n.client.IPv4.String(), "    IPVS: the virtual server "+test.server,
+			fmt.Sprintf("Result: endpoint %s:%d, by the virtual server %s", n.pods["a"].IPv4, podPort, test.server))
 	}
 }

@@ -127,7 +127,7 @@ func runTrace(ctx context.Context, flags config.Flags, o traceOptions, from, to 
 		return err
 	}
 	if o.live {
-		return followLive(ctx, o, c, protocol, out, errOut)
+		return t.followLive(ctx, c, protocol, out, errOut)
 	}
 	report, err := trace.Explain(c, protocol, t.host, t.walker, t.desired)
 	if err != nil {
@@ -321,14 +321,14 @@ func (t *tracer) explainUnknown(err error, target trace.Target) error {
 }
 
 // followLive waits for the connection and prints its path.
-func followLive(ctx context.Context, o traceOptions, c trace.Connection, p dataplane.Protocol, out, errOut io.Writer) error {
-	path, err := trace.Follow(ctx, c, p, func() {
+func (t *tracer) followLive(ctx context.Context, c trace.Connection, p dataplane.Protocol, out, errOut io.Writer) error {
+	path, err := trace.Follow(ctx, c, p, t.host, func() {
 		_, _ = fmt.Fprintf(errOut, "waiting for a connection from %s to %s/%s; press Ctrl+C to end\n", c.Source, c.Destination, p)
 	})
 	if err != nil || len(path.Events) == 0 {
 		return err
 	}
-	if o.output == "json" {
+	if t.options.output == "json" {
 		encoder := json.NewEncoder(out)
 		encoder.SetIndent("", "  ")
 		return encoder.Encode(path)

@@ -16,9 +16,12 @@ import (
 type Path struct {
 	Connection Connection       `json:"connection"`
 	Events     []nft.TraceEvent `json:"events"`
-	// Destinations contains the destinations of the packet in their order: the frontend, an IPVS
-	// virtual server, and the endpoint.
+	// Destinations contains the destinations of the packet in their order: the frontend, the
+	// internal address of an IPVS virtual server, and the endpoint.
 	Destinations []netip.AddrPort `json:"destinations"`
+	// VirtualServer is the IPVS virtual server that selected the endpoint, or zero. It is one of
+	// Destinations.
+	VirtualServer netip.AddrPort `json:"virtualServer,omitzero"`
 	// Dropped is set if a rule has dropped or rejected the packet.
 	Dropped bool `json:"dropped,omitempty"`
 }
@@ -28,35 +31,56 @@ const idleTime = 500 * time.Millisecond
 
 // Follow waits for a new connection and follows its first packet. It returns an empty Path if ctx
 // ends before. started is called when the connection can be opened. See [nft.Follow].
-func Follow(ctx context.Context, c Connection, p dataplane.Protocol, started func()) (*Path, error) {
+func Follow(ctx context.Context, c Connection, p dataplane.Protocol, host *Host, started func()) (*Path, error) {
 	path := &Path{Connection: c}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var idle *time.Timer
-	err := nft.Follow(ctx, nft.FollowOptions{Source: c.Source, Destination: c.Destination, Protocol: p, Started: started}, func(e nft.TraceEvent) bool {
+	o := nft.FollowOptions{NetNS: host.netns, Source: c.Source, Destination: c.Destination, Protocol: p, Started: started}
+	err := nft.Follow(ctx, o, func(e nft.TraceEvent) bool {
+		if !path.add(e) {
+			return true // a client that keeps connecting does not delay the end
+		}
 		if idle == nil {
 			idle = time.AfterFunc(idleTime, cancel)
 		}
 		idle.Reset(idleTime)
-		path.add(e)
 		return !path.Dropped
 	})
 	if idle != nil {
 		idle.Stop()
 	}
-	return path, err
+	if err != nil {
+		return nil, err
+	}
+	return path, path.findVirtualServer(p, host)
 }
 
-// add adds an event of the first packet.
-func (p *Path) add(e nft.TraceEvent) {
+// add adds an event of the first packet. It returns false for an event of another packet.
+func (p *Path) add(e nft.TraceEvent) bool {
 	if len(p.Events) > 0 && p.Events[0].Packet != e.Packet {
-		return
+		return false
 	}
 	p.Events = append(p.Events, e)
 	p.Dropped = p.Dropped || e.Verdict == "drop"
 	if n := len(p.Destinations); e.Destination.IsValid() && (n == 0 || p.Destinations[n-1] != e.Destination) {
 		p.Destinations = append(p.Destinations, e.Destination)
 	}
+	return true
+}
+
+// findVirtualServer sets VirtualServer if IPVS selected the endpoint.
+func (p *Path) findVirtualServer(protocol dataplane.Protocol, host *Host) error {
+	n := len(p.Destinations)
+	if n < 2 {
+		return nil
+	}
+	server := p.Destinations[n-2]
+	_, ok, err := host.Destinations(protocol, server, p.Connection.Source)
+	if ok {
+		p.VirtualServer = server
+	}
+	return err
 }
 
 // WriteText writes the path as numbered lines.
@@ -65,6 +89,9 @@ func (p *Path) WriteText(w io.Writer) error {
 	var destination netip.AddrPort
 	for i, e := range p.Events {
 		if e.Destination.IsValid() && e.Destination != destination {
+			if destination.IsValid() && destination == p.VirtualServer {
+				fmt.Fprintf(&b, "    IPVS: the virtual server %s selects %s\n", destination, e.Destination)
+			}
 			destination = e.Destination
 			fmt.Fprintf(&b, "    packet from %s to %s\n", e.Source, e.Destination)
 		}
@@ -84,10 +111,10 @@ func (p *Path) WriteText(w io.Writer) error {
 		b.WriteString("dropped or rejected by the last rule\n")
 	case n < 2:
 		b.WriteString("not translated\n")
-	case n == 2:
-		fmt.Fprintf(&b, "endpoint %s\n", p.Destinations[n-1])
+	case p.VirtualServer.IsValid():
+		fmt.Fprintf(&b, "endpoint %s, by the virtual server %s\n", p.Destinations[n-1], p.VirtualServer)
 	default:
-		fmt.Fprintf(&b, "endpoint %s, by the virtual server %s\n", p.Destinations[n-1], p.Destinations[n-2])
+		fmt.Fprintf(&b, "endpoint %s\n", p.Destinations[n-1])
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

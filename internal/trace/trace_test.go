@@ -1,10 +1,12 @@
 package trace_test
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -121,6 +123,61 @@ func TestExplain(t *testing.T) {
 		}
 		check(t, explain(t, "10.96.0.10:80"), "The kernel differs", "no Service in the kernel, and to Service shop/web", "sends no connections to "+pod.IPv4.String())
 	})
+}
+
+// TestFollow follows one connection of a client that keeps opening connections.
+func TestFollow(t *testing.T) {
+	t.Parallel()
+	network := nettest.NewT(t, nettest.Options{})
+	client, pod := network.PodT(t, "client"), network.PodT(t, "web")
+	pod.ServeT(t, nettest.TCP, 8080)
+	frontend, endpoint := netip.MustParseAddrPort("10.96.0.10:80"), netip.AddrPortFrom(pod.IPv4, 8080)
+	service, err := dataplane.NewService(dataplane.Key{Namespace: "shop", Name: "web", Family: dataplane.IPv4},
+		[]dataplane.Frontend{{Protocol: dataplane.TCP, Addr: frontend}},
+		dataplane.ServiceSpec{Endpoints: []dataplane.Endpoint{{Addr: endpoint, Local: true}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dp, err := nft.Open(nft.Options{NetNS: network.Node.Fd()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = dp.Close() })
+	if err := dp.Replace(t.Context(), dataplane.Node{PodCIDRs: network.PodCIDRs}, slices.Values([]*dataplane.Service{service}), nil); err != nil {
+		t.Fatal(err)
+	}
+	host, err := trace.OpenHost(network.Node.Fd(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(host.Close)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	followed := make(chan struct{})
+	var clients sync.WaitGroup
+	path, err := trace.Follow(ctx, trace.Connection{Source: client.IPv4, Destination: frontend}, dataplane.TCP, host, func() {
+		clients.Go(func() {
+			for {
+				select {
+				case <-followed:
+					return
+				case <-time.After(50 * time.Millisecond):
+					if _, err := client.Connect(ctx, nettest.TCP, frontend); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			}
+		})
+	})
+	close(followed)
+	clients.Wait()
+	if err != nil || ctx.Err() != nil {
+		t.Fatalf("Follow returned %v; context: %v", err, ctx.Err())
+	}
+	if want := []netip.AddrPort{frontend, endpoint}; !slices.Equal(path.Destinations, want) || path.VirtualServer.IsValid() {
+		t.Errorf("destinations %s, virtual server %s; want %s and none", path.Destinations, path.VirtualServer, want)
+	}
 }
 
 // TestResolve checks how destinations are found.
