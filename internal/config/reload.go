@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+
+	"fairlead.io/fairlead/internal/inotify"
 )
 
 // Load returns the configuration from flags and, if --config is set, from its file. content
@@ -42,7 +44,7 @@ const (
 	maxQuietWait = 10 * quietPeriod
 	// pollPeriod is how often the file is read without a notification, because symlinks
 	// may lead through folders that are not watched. retryPeriod replaces it while the
-	// file is missing or invalid, or its folder cannot be watched.
+	// file is missing or invalid, or while a folder of the file cannot be watched.
 	pollPeriod  = 30 * time.Second
 	retryPeriod = time.Second
 )
@@ -55,6 +57,10 @@ type Reloader struct {
 
 	// Only Run uses the fields below.
 	rejected *rejectedFile // the last failure reported, nil after a success
+	// watcher is nil until the kernel has created an inotify instance.
+	watcher *fsnotify.Watcher
+	// unwatched is the last reported reason why folders of the file are not watched, empty if they are.
+	unwatched string
 	// targetDir is the folder of the file after resolving symlinks, empty if it is the
 	// folder of the path.
 	targetDir string
@@ -86,18 +92,17 @@ type rejectedFile struct {
 	err     string
 }
 
-// Run watches the file until ctx is done. It returns an error if it cannot start watching the
-// folder.
+// Run follows the file until ctx is done. While the kernel does not let it watch the file's
+// folder, it reads the file periodically.
 func (r *Reloader) Run(ctx context.Context) error {
 	path := filepath.Clean(r.options.Flags["config"])
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("--config: watch %s: %w", path, err)
-	}
-	defer watcher.Close() //nolint:errcheck // nothing to flush
-	if err := r.addWatches(watcher, path); err != nil {
-		return fmt.Errorf("--config: watch the folder of %s: %w", path, err)
-	}
+	defer func() {
+		if r.watcher != nil {
+			_ = r.watcher.Close()
+		}
+	}()
+	err := r.addWatches(path)
+	r.logWatchResult(ctx, path, err)
 	// The file may have changed before the watch started.
 	quiet := time.NewTimer(quietPeriod)
 	defer quiet.Stop()
@@ -114,13 +119,19 @@ func (r *Reloader) Run(ctx context.Context) error {
 	poll := time.NewTimer(r.options.poll)
 	defer poll.Stop()
 	for {
+		var events <-chan fsnotify.Event
+		var failures <-chan error
+		if r.watcher != nil {
+			events, failures = r.watcher.Events, r.watcher.Errors
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-poll.C:
 			schedule(false)
 		case <-quiet.C:
-			err := r.addWatches(watcher, path) // before reading, so that no change is missed
+			err := r.addWatches(path) // before reading, so that no change is missed
+			r.logWatchResult(ctx, path, err)
 			if wait := r.reload(ctx, limit); wait > 0 {
 				quiet.Reset(wait)
 				continue
@@ -131,13 +142,13 @@ func (r *Reloader) Run(ctx context.Context) error {
 				next = min(next, retryPeriod)
 			}
 			poll.Reset(next)
-		case event, ok := <-watcher.Events:
+		case event, ok := <-events:
 			if !ok {
 				return nil
 			}
 			own := filepath.Base(path) == filepath.Base(event.Name)
 			schedule(own || filepath.Dir(event.Name) == r.targetDir)
-		case err, ok := <-watcher.Errors:
+		case err, ok := <-failures:
 			if !ok {
 				return nil
 			}
@@ -151,19 +162,45 @@ func (r *Reloader) Run(ctx context.Context) error {
 // files by renaming, and the kubelet replaces the folder that a ConfigMap's files link to. If
 // the path is a symlink, addWatches also watches the folder of its target. Calls that find the
 // same folders have no effect.
-func (r *Reloader) addWatches(watcher *fsnotify.Watcher, path string) error {
+func (r *Reloader) addWatches(path string) error {
+	if r.watcher == nil {
+		watcher, err := fsnotify.NewWatcher()
+		if err != nil {
+			return inotify.Explain(err)
+		}
+		r.watcher = watcher
+	}
 	dir, target := filepath.Dir(path), ""
 	if file, err := filepath.EvalSymlinks(path); err == nil && filepath.Dir(file) != dir {
 		target = filepath.Dir(file)
 	}
 	if r.targetDir != "" && r.targetDir != target {
-		_ = watcher.Remove(r.targetDir) // the folder may no longer exist
+		_ = r.watcher.Remove(r.targetDir) // the folder may no longer exist
 	}
 	r.targetDir = target
+	var targetErr error
 	if target != "" {
-		_ = watcher.Add(target) // on failure, polling notices changes
+		targetErr = r.watcher.Add(target)
 	}
-	return watcher.Add(dir)
+	return inotify.Explain(cmp.Or(r.watcher.Add(dir), targetErr))
+}
+
+// logWatchResult logs when the file's folders cannot be watched, and when they can again. A
+// missing folder is reported with the missing file.
+func (r *Reloader) logWatchResult(ctx context.Context, path string, err error) {
+	reason := ""
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		reason = err.Error()
+	}
+	switch reason {
+	case r.unwatched:
+	case "":
+		r.options.Logger.InfoContext(ctx, "configuration file is watched again", "file", path)
+	default:
+		r.options.Logger.WarnContext(ctx, "configuration file cannot be watched; reading it periodically until it can", "file", path,
+			"period", retryPeriod, "error", err)
+	}
+	r.unwatched = reason
 }
 
 // reload reads the file and applies changed content. A missing or invalid file is reported

@@ -1,10 +1,13 @@
 package config
 
 import (
+	"bytes"
 	"context"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -17,6 +20,25 @@ type reloaderTest struct {
 	t       *testing.T
 	applied chan string // modes of local detection
 	failed  chan error
+	logged  *logBuffer
+}
+
+// logBuffer is a log that a test can read while it is written.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
 }
 
 func startReloader(t *testing.T, path string, poll time.Duration) reloaderTest {
@@ -26,9 +48,9 @@ func startReloader(t *testing.T, path string, poll time.Duration) reloaderTest {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := reloaderTest{t, make(chan string, 10), make(chan error, 10)}
+	f := reloaderTest{t, make(chan string, 10), make(chan error, 10), &logBuffer{}}
 	r := NewReloader(ReloaderOptions{
-		Flags: flags, Content: content, Logger: slog.New(slog.DiscardHandler), poll: poll,
+		Flags: flags, Content: content, Logger: slog.New(slog.NewTextHandler(f.logged, nil)), poll: poll,
 		Apply: func(_ context.Context, c Config) { f.applied <- string(c.Tracker.DetectLocal.Mode) },
 		OnResult: func(err error) {
 			if err != nil {
@@ -59,6 +81,15 @@ func (f reloaderTest) awaitApplied(step, want string) {
 		f.t.Errorf("%s: %v", step, err)
 	case <-time.After(waitTimeout):
 		f.t.Fatalf("%s: no configuration applied", step)
+	}
+}
+
+func (f reloaderTest) awaitLog(text string) {
+	f.t.Helper()
+	for deadline := time.Now().Add(waitTimeout); !strings.Contains(f.logged.String(), text); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			f.t.Fatalf("not logged: %s\nlogged:\n%s", text, f.logged)
+		}
 	}
 }
 

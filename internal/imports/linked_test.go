@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -39,6 +40,15 @@ func TestAgentLinkedPackages(t *testing.T) {
 	}, "-deps", "-json=ImportPath,Imports", "./"+agent)
 	if len(linked) == 0 || linked[len(linked)-1].Path != module.Path+"/"+agent {
 		t.Fatalf("go list -deps returned %d packages, want %s as the last", len(linked), agent)
+	}
+	// The limits of inotify are shared by all programs of a user. A package that watches files must
+	// work without: see its test TestReloaderWithoutInotify or TestRunWithoutInotify. client-go reads
+	// certificates and tokens periodically, and the instance lock and the kubeconfig are not watched.
+	watching := map[string]bool{module.Path + "/internal/config": true, module.Path + "/source/manifest": true}
+	for _, p := range linked {
+		if slices.Contains(p.Imports, "github.com/fsnotify/fsnotify") && !watching[p.Path] {
+			t.Errorf("%s watches files: test that the agent works when no inotify instance is available", p.Path)
+		}
 	}
 	if err := table.CheckLinked(module.Path, agent, linked); err != nil {
 		t.Errorf("the node agent links forbidden packages; move the code that needs them to another program:\n%v", err)

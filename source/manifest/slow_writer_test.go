@@ -40,8 +40,8 @@ func startSimulated(t *testing.T, dir string) *simulatedFolder {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() {
-		watcher := &fsnotify.Watcher{Events: a.events, Errors: make(chan error)}
-		done <- source.run(ctx, watcher, func(d kube.Delta) { a.deltas <- d })
+		source.watcher = &fsnotify.Watcher{Events: a.events, Errors: make(chan error)}
+		done <- source.run(ctx, func(d kube.Delta) { a.deltas <- d })
 	}()
 	t.Cleanup(func() {
 		cancel()

@@ -17,6 +17,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
+	"fairlead.io/fairlead/internal/inotify"
 	"fairlead.io/fairlead/kube"
 )
 
@@ -30,6 +31,9 @@ const (
 	// its previous objects are deleted. In "kubectl get > a.yaml", the shell empties the
 	// file at once, and kubectl fills it when it has the response.
 	emptyFileDelay = 2 * time.Second
+	// pollPeriod is how often the folder is read while a limit of the kernel prevents watching
+	// it. It is longer than the delays above, because each reading restarts them.
+	pollPeriod = 5 * time.Second
 )
 
 // Options configures a [Source].
@@ -60,6 +64,10 @@ type Source struct {
 	loggedWarnings map[string][]string
 	// loggedDangling has the dangling links that have been logged, and their targets.
 	loggedDangling map[string]string
+	// watcher is nil unless the folder is watched. Only Run uses it.
+	watcher *fsnotify.Watcher
+	// loggedLimit is the logged reason why the folder is not watched, empty if it is.
+	loggedLimit string
 }
 
 // New returns a Source for the folder. It starts nothing. It returns an error if the folder
@@ -111,30 +119,62 @@ func Load(opts Options) (kube.Delta, error) {
 // read, Run returns an error. It calls deliver synchronously, one call at a time. Run must
 // be called only once.
 //
-// Run logs each error in a file once, when it appears, and each allocated node port.
+// Run logs each error in a file once, when it appears, and each allocated node port. While a
+// limit of the kernel prevents watching the folder, Run reads it periodically.
 func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
-	}
-	defer func() { _ = watcher.Close() }()
+	defer func() {
+		if s.watcher != nil {
+			_ = s.watcher.Close()
+		}
+	}()
 	// Watch before the first read, so that no change is missed.
-	if err := watcher.Add(s.opts.Dir); err != nil {
-		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
+	if err := s.watch(); err != nil {
+		return err
 	}
-	return s.run(ctx, watcher, deliver)
+	return s.run(ctx, deliver)
 }
 
-// run reads the folder, delivers its objects, and then each change that the watcher
-// reports.
-func (s *Source) run(ctx context.Context, watcher *fsnotify.Watcher, deliver func(kube.Delta)) error {
+// watch watches the folder. If a limit of the kernel prevents this, watch logs the limit, and
+// s.watcher is nil.
+func (s *Source) watch() error {
+	var err error
+	if s.watcher == nil {
+		s.watcher, err = fsnotify.NewWatcher()
+	}
+	if err == nil {
+		if err = s.watcher.Add(s.opts.Dir); err != nil {
+			_ = s.watcher.Close()
+		}
+	}
+	if err == nil {
+		if s.loggedLimit != "" {
+			s.log.Info("folder is watched again", slog.String("folder", s.opts.Dir))
+			s.loggedLimit = ""
+		}
+		return nil
+	}
+	s.watcher = nil
+	err = inotify.Explain(pathErrorCause(err))
+	if _, ok := errors.AsType[*inotify.LimitError](err); !ok {
+		return fmt.Errorf("watch folder %s: %w", s.opts.Dir, err)
+	}
+	if s.loggedLimit != err.Error() {
+		s.log.Warn("folder cannot be watched; reading it periodically until it can", slog.String("folder", s.opts.Dir),
+			slog.Duration("period", pollPeriod), slog.Any("error", err))
+		s.loggedLimit = err.Error()
+	}
+	return nil
+}
+
+// run reads the folder, delivers its objects, and then each change.
+func (s *Source) run(ctx context.Context, deliver func(kube.Delta)) error {
 	d, retries, err := s.readAll(neverFinal)
 	if err != nil {
 		return err
 	}
 	s.logChanges()
 	deliver(d)
-	return s.watchLoop(ctx, watcher, retries, deliver)
+	return s.watchLoop(ctx, retries, deliver)
 }
 
 // pendingReads has the files to read next.
@@ -181,13 +221,14 @@ func neverFinal(string) bool  { return false }
 func alwaysFinal(string) bool { return true }
 
 // watchLoop is the loop of Run. retries has the delay until a file must be read again.
-func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, retries map[string]time.Duration, deliver func(kube.Delta)) error {
+func (s *Source) watchLoop(ctx context.Context, retries map[string]time.Duration, deliver func(kube.Delta)) error {
 	next := pendingReads{files: map[string]bool{}}
-	coalesce, retry := newStoppedTimer(), newStoppedTimer()
+	coalesce, retry, poll := newStoppedTimer(), newStoppedTimer(), newStoppedTimer()
 	defer coalesce.Stop()
 	defer retry.Stop()
+	defer poll.Stop()
 	schedule := retrySchedule{}
-	coalescing := false
+	coalescing, polling := false, false
 	for {
 		for name, after := range retries {
 			schedule[name] = time.Now().Add(after)
@@ -195,10 +236,18 @@ func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, retri
 		retries = nil
 		schedule.resetTimer(retry)
 		final := map[string]bool{}
+		var events <-chan fsnotify.Event
+		var failures <-chan error
+		if s.watcher != nil {
+			events, failures = s.watcher.Events, s.watcher.Errors
+		} else if !polling {
+			polling = true
+			poll.Reset(pollPeriod)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case event, ok := <-watcher.Events:
+		case event, ok := <-events:
 			if !ok {
 				return fmt.Errorf("watch folder %s: the watch ended", s.opts.Dir)
 			}
@@ -208,7 +257,7 @@ func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, retri
 				coalesce.Reset(coalesceDelay)
 			}
 			continue
-		case err, ok := <-watcher.Errors:
+		case err, ok := <-failures:
 			if !ok {
 				return fmt.Errorf("watch folder %s: the watch ended", s.opts.Dir)
 			}
@@ -229,13 +278,19 @@ func (s *Source) watchLoop(ctx context.Context, watcher *fsnotify.Watcher, retri
 				final[name] = !next.allFiles && !next.folderRemoved && !next.files[name]
 				next.files[name] = true
 			}
+		case <-poll.C:
+			polling = false
+			if err := s.watch(); err != nil {
+				return err
+			}
+			next.allFiles = true
 		}
 		var d kube.Delta
 		var err error
 		if next.folderRemoved {
 			// Another folder may have replaced it.
-			if err := watcher.Add(s.opts.Dir); err != nil {
-				return fmt.Errorf("watch folder %s: %w", s.opts.Dir, pathErrorCause(err))
+			if err := s.watch(); err != nil {
+				return err
 			}
 		}
 		last := func(name string) bool { return final[name] }

@@ -27,7 +27,7 @@ type runningSource struct {
 }
 
 // testTimeout limits how long a test waits for an expected result.
-const testTimeout = 10 * time.Second
+const testTimeout = 30 * time.Second
 
 // startSource starts a Source, which ends with the test.
 func startSource(t *testing.T, dir string) *runningSource {
