@@ -107,7 +107,7 @@ func (o *startOptions) prepare(ctx context.Context) (*topology.Cluster, error) {
 	}
 	layout, err := resolve(o.layout)
 	if err != nil {
-		return nil, fmt.Errorf("Fairlead's image: run make image: %w", err)
+		return nil, fmt.Errorf("image of Fairlead: run make image: %w", err)
 	}
 	archive = layout + ".tar"
 	cluster.Images = append(cluster.Images, archive)

@@ -44,7 +44,7 @@ func reap(child int) (status int, ended bool) {
 	for {
 		var s syscall.WaitStatus
 		pid, err := syscall.Wait4(-1, &s, syscall.WNOHANG, nil)
-		if err == syscall.EINTR { //nolint:errorlint // the system call returns the number itself
+		if err == syscall.EINTR {
 			continue
 		}
 		if err != nil || pid <= 0 {

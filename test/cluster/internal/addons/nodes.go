@@ -62,7 +62,7 @@ func Wait(ctx context.Context, client kubernetes.Interface, nodes int, objects [
 		if err := c.wait(ctx); err != nil {
 			return fmt.Errorf("wait for %s: %w", c.name, err)
 		}
-		log.Info("ready", "what", c.name)
+		log.InfoContext(ctx, "ready", "what", c.name)
 	}
 	return nil
 }

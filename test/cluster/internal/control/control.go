@@ -66,7 +66,7 @@ func Run(ctx context.Context, state string, log *slog.Logger) error {
 		return err
 	}
 	defer cp.Close() //nolint:errcheck // the namespaces end
-	log.Info("control plane is ready")
+	log.InfoContext(ctx, "control plane is ready")
 	startCtx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	if err := r.start(startCtx, cp); err != nil {
@@ -75,7 +75,7 @@ func Run(ctx context.Context, state string, log *slog.Logger) error {
 	if err := os.WriteFile(filepath.Join(state, Ready), nil, 0o600); err != nil {
 		return err
 	}
-	log.Info("cluster is ready")
+	log.InfoContext(ctx, "cluster is ready")
 
 	balancer, err := loadbalancer.New(r.clientset, cluster, log.With("component", "load balancer"))
 	if err != nil {
@@ -118,7 +118,7 @@ func (r *runner) start(ctx context.Context, cp *controlplane.ControlPlane) error
 			return fmt.Errorf("start %s: %w", n.Name, err)
 		}
 	}
-	r.log.Info("nodes are starting", "nodes", r.cluster.Nodes)
+	r.log.InfoContext(ctx, "nodes are starting", "nodes", r.cluster.Nodes)
 	objects, err := addons.All(r.cluster)
 	if err != nil {
 		return err

@@ -40,7 +40,7 @@ func inNetworkOf(pid int, fn func() error) error {
 		if err != nil {
 			return err
 		}
-		defer ns.Close() //nolint:errcheck // read-only
+		defer ns.Close()
 		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 			return err
 		}
@@ -67,7 +67,7 @@ func startNetwork(t *testing.T) (int, error) {
 // connection.
 func reachable(address netip.Addr) error {
 	const timeout = 10 * time.Second
-	conn, err := net.DialTimeout("tcp", netip.AddrPortFrom(address, 1).String(), timeout) //nolint:noctx // has a timeout
+	conn, err := net.DialTimeout("tcp", netip.AddrPortFrom(address, 1).String(), timeout)
 	if err == nil {
 		return errors.Join(errors.New("a connection, want none"), conn.Close())
 	}

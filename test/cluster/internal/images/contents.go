@@ -32,14 +32,14 @@ type file struct {
 
 func newContents() *contents { return &contents{files: map[string]file{}} }
 
-func (c *contents) add(path string, f file) { c.files[strings.TrimPrefix(path, "/")] = f }
+func (c *contents) add(name string, f file) { c.files[strings.TrimPrefix(name, "/")] = f }
 
 // program adds a program without its libraries.
-func (c *contents) program(path, source string) { c.add(path, file{source: source, mode: 0o755}) }
+func (c *contents) program(name, source string) { c.add(name, file{source: source, mode: 0o755}) }
 
-func (c *contents) link(path, target string) { c.add(path, file{link: target}) }
+func (c *contents) link(name, target string) { c.add(name, file{link: target}) }
 
-func (c *contents) text(path, text string) { c.add(path, file{text: text, mode: 0o644}) }
+func (c *contents) text(name, text string) { c.add(name, file{text: text, mode: 0o644}) }
 
 func (c *contents) dirs(mode os.FileMode, paths ...string) {
 	for _, p := range paths {
@@ -48,15 +48,15 @@ func (c *contents) dirs(mode os.FileMode, paths ...string) {
 }
 
 // library matches the paths in the output of ldd.
-var library = regexp.MustCompile(`(/\S+\.so\S*) \(0x`) //nolint:gochecknoglobals // compiled once
+var library = regexp.MustCompile(`(/\S+\.so\S*) \(0x`)
 
 // tool adds an installed program of this machine and the libraries that it loads.
-func (c *contents) tool(path, name string) error {
+func (c *contents) tool(target, name string) error {
 	source, err := exec.LookPath(name)
 	if err != nil {
 		return fmt.Errorf("%w: run make deps", err)
 	}
-	c.program(path, source)
+	c.program(target, source)
 	// ldd fails for a static program.
 	out, err := exec.Command("ldd", source).CombinedOutput() //nolint:noctx // ends at once
 	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {

@@ -172,7 +172,7 @@ func (b *builder) image(d definition) (v1.Image, error) {
 func fingerprint(definitions []definition) (string, error) {
 	hash := sha256.New()
 	for _, d := range definitions {
-		fmt.Fprintln(hash, d.names, d.architecture, d.config)
+		_, _ = fmt.Fprintln(hash, d.names, d.architecture, d.config)
 		for _, c := range d.layers {
 			if err := c.fingerprint(hash); err != nil {
 				return "", err

@@ -95,7 +95,7 @@ func (b *Balancer) sync(ctx context.Context, services cache.Store) {
 		}
 		// A conflict means that the watch has not delivered the last change yet.
 		if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
-			b.log.Error("cannot serve the Service", "service", s.Namespace+"/"+s.Name, "error", err)
+			b.log.ErrorContext(ctx, "cannot serve the Service", "service", s.Namespace+"/"+s.Name, "error", err)
 		}
 	}
 	b.removeRoutes(b.addresses.retain(present))

@@ -18,6 +18,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -74,10 +75,8 @@ func (c *Cluster) Validate() error {
 	if !ok {
 		return fmt.Errorf("proxy: %q: want %s, %s or %s", c.Proxy, Fairlead, KubeProxy, NoProxy)
 	}
-	for _, mode := range allowed {
-		if c.Mode == mode {
-			return nil
-		}
+	if slices.Contains(allowed, c.Mode) {
+		return nil
 	}
 	return fmt.Errorf("mode of %s: %q: want one of %q", c.Proxy, c.Mode, allowed)
 }
