@@ -55,6 +55,7 @@ func RunExplained(t *testing.T, open Opener, limits Limitations, explain Explain
 	t.Run("pings to Service IPs", s.testPingServiceIPs)
 	t.Run("invalid packets from endpoints are dropped", s.testInvalidPackets)
 	t.Run("half-open connections are reset", s.testHalfOpenConnections)
+	t.Run("masqueraded source ports are used again", s.testMasqueradedPortReuse)
 	t.Run("connections with asymmetric routes", s.testAsymmetricRoutes)
 	t.Run("external traffic policy Local", s.testExternalTrafficPolicyLocal)
 	t.Run("source ranges", s.testSourceRanges)
