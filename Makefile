@@ -26,9 +26,9 @@ build: ## build the static binary bin/fairlead
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead ./cmd/fairlead
 
 # Architectures of images and packages. Tests must run on each of them.
-ARCHITECTURES := amd64
+ARCHITECTURES := amd64 arm64 ppc64le s390x
 # Architectures of make test-arch.
-EMULATED := arm64 ppc64le s390x
+EMULATED := $(filter-out amd64,$(ARCHITECTURES))
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 # The time of the commit, so that two builds of a commit are equal.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
@@ -205,16 +205,15 @@ QEMU-arm64 := aarch64
 
 # Packages that encode or decode what the kernel reads or writes, and tests to skip: long ones
 # that repeat the same code.
-ARCHPKG ?= ./nft ./ipvs ./dataplane ./internal/nlconn ./internal/conntrack ./internal/kmod ./internal/nodeip \
-	./internal/socketowner ./internal/instance
-ARCHSKIP := ^(TestHistoriesPassCorrectOld|TestAssignAllEndpointIDs|TestChangesCountedBeforeGeneration)$$
+ARCHPKG ?= ./nft ./ipvs ./internal/nlconn ./internal/conntrack ./internal/kmod ./internal/nodeip ./internal/socketowner
+ARCHSKIP := ^(TestAssignAllEndpointIDs|TestChangesCountedBeforeGeneration)$$|^TestRandomChurn$$/^..+$$
 
 .PHONY: test-arch
 test-arch: $(EMULATED:%=test-arch-%) ## run the tests that need no kernel on other architectures, in QEMU; EMULATED=s390x
 
 # The flags equal those of the programs for images, so that Go compiles packages only once.
 test-arch-%: FORCE | .cache/qemu-user
-	CGO_ENABLED=0 GOARCH=$* go test -trimpath -short -count=1 -timeout=10m -skip='$(ARCHSKIP)' -exec='$(call QEMU,$*)' $(ARCHPKG)
+	CGO_ENABLED=0 GOARCH=$* go test -vet=off -trimpath -short -count=1 -timeout=10m -skip='$(ARCHSKIP)' -exec='$(call QEMU,$*)' $(ARCHPKG)
 
 # Virtual machines: architecture, Debian kernels, packages to test, timeout of go test, and QEMU
 # accelerator. ACCEL=kvm is much faster where it is available. Tests and benchmarks that
@@ -228,7 +227,7 @@ KERNEL ?= $(KERNELS-$(ARCH))
 QEMU-package-arm64 := qemu-system-arm
 QEMU-package-ppc64le := qemu-system-ppc
 QEMU-package-s390x := qemu-system-misc
-PKG ?= ./nft $(if $(filter amd64,$(ARCH)),./ipvs ./ipvs/reloadtest ./internal/kmod ./internal/inspect ./internal/nfhooks ./internal/servicecounters ./cmd/fairlead)
+PKG ?= ./nft ./ipvs $(if $(filter amd64,$(ARCH)),./ipvs/reloadtest ./internal/kmod ./internal/inspect ./internal/nfhooks ./internal/servicecounters ./cmd/fairlead)
 VMTIMEOUT ?= 30m
 ACCEL ?= tcg
 
@@ -250,11 +249,14 @@ VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/
 # Additional files for the tests of cmd/fairlead.
 VMWITH-cmd := $(if $(wildcard .cache/kube-proxy/kube-proxy),-with=$(CURDIR)/.cache/kube-proxy/kube-proxy)
 
-# On other architectures, the behaviors whose rules contain numbers in different byte orders.
-VMRUN-arch := ^TestBehaviour$$/^(connections_reach_all_endpoints|connections_without_endpoints_are_rejected|masquerade_policies$\
-	|node_ports_answer_on_the_configured_addresses|external_traffic_policy_Local|source_ranges|session_affinity|hairpin_connections$\
-	|Services_that_share_endpoints|Service_with_many_frontends|changes_of_a_Service|changes_by_another_writer_are_drift)$$
-VMRUN-nft = $(if $(filter amd64,$(ARCH)),$(VMRUN-nft-$(1)),$(VMRUN-arch))
+# On other architectures, the behaviors whose rules contain numbers in different byte orders. Some other
+# tests of ipvs fail on s390x, because github.com/moby/ipvs reads only 16 bits of a weight.
+VMRUN-arch-nft := ^TestBehaviour$$/^(connections_reach_all_endpoints|connections_without_endpoints_are_rejected|source_ranges$\
+	|session_affinity|Service_with_many_frontends|changes_by_another_writer_are_drift)$$
+VMRUN-arch-ipvs := ^TestBehaviour$$/^(source_ranges|session_affinity)$$
+VMRUN-nft = $(if $(filter amd64,$(ARCH)),$(VMRUN-nft-$(1)),$(VMRUN-arch-nft))
+VMRUN-ipvs = $(if $(filter amd64,$(ARCH)),$(VMRUN-ipvs-$(1)),$(VMRUN-arch-ipvs))
+VMSKIP-ipvs = $(if $(filter amd64,$(ARCH)),$(VMSKIP-ipvs-$(1)))
 
 VM = $(CURDIR)/bin/vm run -arch=$(ARCH) -accel=$(ACCEL)
 # Programs for virtual machines are static and use only instructions that QEMU emulates.
@@ -280,7 +282,7 @@ test-vm-%: others = $(filter-out ./nft ./ipvs ./cmd/fairlead $(partly),$(PKG))
 test-vm-%: FORCE
 	$(if $(others),$(call VMTEST,$*,$(others)))
 	$(if $(partly),$(call VMTEST,$*,$(partly),,$(VMRUN-partly)))
-	$(if $(filter ./ipvs,$(PKG)),$(call VMTEST,$*,./ipvs,$(VMSKIP-ipvs-$*),$(if $(FULL),,$(VMRUN-ipvs-$*))))
+	$(if $(filter ./ipvs,$(PKG)),$(call VMTEST,$*,./ipvs,$(call VMSKIP-ipvs,$*),$(if $(FULL),,$(call VMRUN-ipvs,$*))))
 	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,./nft,$(VMSKIP-nft-$*),$(if $(FULL),,$(call VMRUN-nft,$*))))
 	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,$(VMSKIP-cmd-$*),$(VMRUN-cmd),$(if $(filter .,$(RUN)),,$(VMWITH-cmd))))
 
