@@ -211,7 +211,8 @@ ARCHSKIP := ^(TestAssignAllEndpointIDs|TestChangesCountedBeforeGeneration)$$|^Te
 .PHONY: test-arch
 test-arch: $(EMULATED:%=test-arch-%) ## run the tests that need no kernel on other architectures, in QEMU; EMULATED=s390x
 
-# The flags equal those of the programs for images, so that Go compiles packages only once.
+# The flags equal those of the programs for images, so that Go compiles packages only once. The
+# findings of go vet are those of make test.
 test-arch-%: FORCE | .cache/qemu-user
 	CGO_ENABLED=0 GOARCH=$* go test -vet=off -trimpath -short -count=1 -timeout=10m -skip='$(ARCHSKIP)' -exec='$(call QEMU,$*)' $(ARCHPKG)
 
