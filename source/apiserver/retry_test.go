@@ -77,6 +77,63 @@ func runSource(t *testing.T, transport roundTripper, log *logRecorder) (deltas *
 	}
 }
 
+// bookmarkingServer is an API server whose objects never change. It sends bookmarks and ends a watch
+// when the requested time is over.
+func bookmarkingServer(r *http.Request) (*http.Response, error) {
+	response, err := idleServer(r)
+	seconds, parseErr := time.ParseDuration(r.URL.Query().Get("timeoutSeconds") + "s")
+	if err != nil || parseErr != nil || response.StatusCode != http.StatusOK {
+		return response, err
+	}
+	group, name := apiVersionAndKind(r)
+	reader, writer := io.Pipe()
+	response.Body = reader
+	ctx, cancel := context.WithTimeout(r.Context(), seconds)
+	context.AfterFunc(ctx, func() {
+		cancel()
+		_ = writer.Close()
+	})
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(time.Minute):
+				_, _ = fmt.Fprintf(writer, `{"type":"BOOKMARK","object":{"kind":%q,"apiVersion":%q,"metadata":{"resourceVersion":"5"}}}`, name, group)
+			}
+		}
+	}()
+	return response, nil
+}
+
+// TestWatchDuration checks that a watch at a known version lasts for 30 to 60 minutes, and that the
+// API server gets no other requests while nothing changes.
+func TestWatchDuration(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var watches, lists atomic.Int64
+		var log logRecorder
+		_, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
+			switch query := r.URL.Query(); {
+			case query.Get("watch") == "":
+				lists.Add(1)
+			case query.Get("sendInitialEvents") == "":
+				watches.Add(1)
+			}
+			return bookmarkingServer(r)
+		}, &log)
+		const hours, resources = 24, 4
+		time.Sleep(hours * time.Hour)
+		if n := watches.Load(); n < hours*resources || n > (2*hours+1)*resources {
+			t.Errorf("%d watches of %d resources in %d hours, want one or two an hour for each", n, resources, hours)
+		}
+		if n := lists.Load(); n != resources {
+			t.Errorf("%d lists, want one for each of %d resources", n, resources)
+		}
+		stop()
+	})
+}
+
 // TestLongOutage checks that an API server that is unavailable for hours is retried
 // occasionally, logged at growing intervals, and used soon after it is back.
 func TestLongOutage(t *testing.T) {

@@ -26,6 +26,11 @@ const (
 	streamMinEvents = 100
 	// streamingDisabledFor is how long lists are not streamed after one did not finish.
 	streamingDisabledFor = time.Hour
+	// watchTimeoutMin and watchTimeoutMax bound the requested duration of a watch that begins
+	// at a known version. client-go requests five to ten minutes, which is up to six times as
+	// many requests. A watch that begins with a streamed list keeps client-go's duration:
+	// kube-apiserver compresses such a watch for each client until it ends.
+	watchTimeoutMin, watchTimeoutMax = 30 * time.Minute, time.Hour
 	// silenceCheckPeriod is the longest interval at which kube-apiserver sends bookmarks. A
 	// watch may be silent for maxSilentPeriods of them.
 	silenceCheckPeriod = time.Minute
@@ -95,6 +100,10 @@ func (r *resourceReflector) watch(ctx context.Context, opts metav1.ListOptions) 
 		if r.progress.requireConsistent.Load() {
 			opts.ResourceVersion = ""
 		}
+	}
+	if !wd.streamed {
+		seconds := int64((watchTimeoutMin + rand.N(watchTimeoutMax-watchTimeoutMin)).Seconds())
+		opts.TimeoutSeconds = &seconds
 	}
 	endedEarly, longOutage := r.progress.beginWatch(opts.TimeoutSeconds)
 	wd.longOutage = longOutage
