@@ -37,7 +37,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(compareCommand(), reportCommand()) //nolint:contextcheck // cobra passes ctx
+	root.AddCommand(compareCommand(), reportCommand(), apiloadCommand()) //nolint:contextcheck // cobra passes ctx
 	if err := root.ExecuteContext(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		for line := range strings.Lines(err.Error()) {
 			_, _ = fmt.Fprintln(stderr, "fairlead-bench:", strings.TrimSpace(line))

@@ -391,6 +391,21 @@ func (cp *ControlPlane) StartAPIServer(ctx context.Context) error {
 	return nil
 }
 
+// APIServerPID returns the process ID of the running API server. StartAPIServer changes it.
+func (cp *ControlPlane) APIServerPID() (int, error) {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	if cp.closed {
+		return 0, fmt.Errorf("process ID of kube-apiserver: %w", os.ErrClosed)
+	}
+	select {
+	case <-cp.apiserver.done:
+		return 0, fmt.Errorf("process ID of kube-apiserver: %w", os.ErrProcessDone)
+	default:
+		return cp.apiserver.cmd.Process.Pid, nil
+	}
+}
+
 // Log returns the last log lines of etcd, kube-apiserver or kube-controller-manager, for
 // failure messages of tests.
 func (cp *ControlPlane) Log(name string) string {
