@@ -140,7 +140,8 @@ RUN ?= .
 
 .PHONY: e2e
 e2e: deps controlplane kube-proxy ## run end-to-end tests with a real Kubernetes control plane (root); RUN=regexp
-	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/...
+	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/... ./bench/apiload
+	$(if $(filter .,$(RUN)),go test -tags=e2e -count=1 -timeout=5m -run=TestRun ./bench/apiload)
 	$(if $(filter .,$(RUN)),@$(MAKE) --no-print-directory test-monitoring)
 
 # A Kubernetes cluster on this machine. The packages are for the images that its tests use.
@@ -329,6 +330,14 @@ bench-full: build build-bench kube-proxy vm ## compare all systems with up to 10
 	@mkdir -p $(BENCHDIR)
 	bin/fairlead-bench compare --services=$(SERVICES) \
 		--json=$(BENCHDIR)/full.json --html=$(BENCHDIR)/full.html --svg=$(BENCHDIR)/images $(ARGS)
+
+.PHONY: bench-api
+bench-api: build build-bench kube-proxy controlplane ## measure the load of Fairlead and kube-proxy on a real API server (root), about 20 minutes; ARGS='--services=200 --starts=1'
+	bin/fairlead-bench apiload $(ARGS)
+
+.PHONY: bench-api
+bench-api: build build-bench kube-proxy controlplane ## measure the load of Fairlead and kube-proxy on a real API server (root), about 20 minutes; ARGS='--services=200 --starts=1'
+	bin/fairlead-bench apiload $(ARGS)
 
 .PHONY: gobench
 gobench: ## run the Go benchmarks (root), minutes; BENCH=regexp COUNT=n

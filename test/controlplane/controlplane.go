@@ -31,8 +31,8 @@ const (
 )
 
 // DefaultStartTimeout bounds the wait for readiness in [New], in addition to its context.
-// Starting takes some seconds on an idle machine.
-const DefaultStartTimeout = 2 * time.Minute
+// Starting takes some seconds on an idle machine, and minutes on one that is very busy.
+const DefaultStartTimeout = 5 * time.Minute
 
 // Namespace is the network namespace of the programs. A
 // [fairlead.io/fairlead/internal/nettest.Namespace] implements it.
