@@ -1,8 +1,10 @@
 # `make` prints the targets; their descriptions follow two number signs.
 
 # The linker sets the version, so Go does not need to run git, which refuses a checkout of
-# another user.
-export GOFLAGS := $(strip $(GOFLAGS) -buildvcs=false)
+# another user. All programs and tests, except those with the race detector, have the same flags, so
+# that Go compiles each package once.
+export GOFLAGS := $(strip $(GOFLAGS) -buildvcs=false -trimpath)
+export CGO_ENABLED := 0
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
 # Additional flags of the program that the target runs: make demo ARGS=--keep
@@ -23,7 +25,7 @@ help:
 
 .PHONY: build
 build: ## build the static binary bin/fairlead
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead ./cmd/fairlead
+	go build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead ./cmd/fairlead
 
 # Architectures of images and packages. Tests must run on each of them.
 ARCHITECTURES := amd64 arm64 ppc64le s390x
@@ -36,7 +38,7 @@ SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 SOURCE ?=
 
 bin/linux-%/fairlead: FORCE
-	CGO_ENABLED=0 GOOS=linux GOARCH=$* go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o $@ ./cmd/fairlead
+	GOOS=linux GOARCH=$* go build -ldflags '-s -w -X main.version=$(VERSION)' -o $@ ./cmd/fairlead
 
 .PHONY: image
 image: $(ARCHITECTURES:%=bin/linux-%/fairlead) ## write an OCI image layout for ARCHITECTURES to bin/image; SOURCE=URL
@@ -66,12 +68,12 @@ test-release: deps image $(if $(filter-out amd64,$(ARCHITECTURES)),.cache/qemu-u
 
 .PHONY: build-bench
 build-bench: ## build the benchmark program bin/fairlead-bench
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead-bench ./cmd/fairlead-bench
+	go build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/fairlead-bench ./cmd/fairlead-bench
 
 # Mode of Fairlead in the demo: nft or ipvs. If the kernel does not support the mode, the
 # demo runs the command of -vm instead, which uses a virtual machine.
 MODE ?= nft
-DEMO = CGO_ENABLED=0 go build -o bin/demo ./examples/demo
+DEMO = go build -o bin/demo ./examples/demo
 
 .PHONY: demo
 demo: build ## run three front ends, three back ends and a Redis behind Services (root); MODE=ipvs; ARGS=--keep leaves it running
@@ -98,12 +100,21 @@ kube-proxy: ## build kube-proxy for tests and benchmarks in .cache; the first bu
 kube-proxy-flags: kube-proxy ## write the list of kube-proxy's flags that a test compares with docs/compatibility.md
 	.cache/kube-proxy/kube-proxy --help | grep -oE '^ +(-[a-z], )?--[a-z0-9-]+' | sed 's/.*--//' | sort >cmd/fairlead/testdata/kube-proxy-flags.txt
 
-# -race needs cgo and therefore the C compiler that deps installs. The packages whose tests take
-# longest start first, so that both processors are busy until the end.
+# Behaviors with real packets that the race detector makes several times as slow. Their calls of a
+# backend follow each other, so they run without it. Those whose calls overlap run with it.
+SEQUENTIAL := ^TestBehaviour$$/^(Service_with_1000_endpoints|endpoints_are_chosen_evenly|connections_without_endpoints_are_(rejected|dropped)$\
+	|node_ports_answer_on_the_configured_addresses|external_traffic_policy_Local|source_ranges|session_affinity|session_affinity_of_many_clients$\
+	|hairpin_connections|endpoints_on_the_node_itself|changes_of_a_Service|Services_that_share_endpoints|Service_with_many_frontends$\
+	|frontends_move_between_Services|Read_returns_the_programmed_state)$$
+
+# The race detector needs cgo and therefore the C compiler that deps installs; programs that tests
+# build do not. The packages whose tests take longest start first, so that both processors are busy
+# until the end.
 .PHONY: test
 test: deps nftables controlplane kube-proxy ## run all tests except e2e with the race detector, and briefly all fuzz targets and benchmarks (root)
 	go vet -tags=e2e,ipvs ./...
-	CGO_ENABLED=1 go test -race -shuffle=on -timeout=30m ./nft ./cmd/fairlead ./...
+	CGO_ENABLED=1 go test -race -shuffle=on -timeout=30m -skip='$(SEQUENTIAL)' -exec='env CGO_ENABLED=0' ./nft ./cmd/fairlead ./...
+	go test -shuffle=on -timeout=10m -run='$(SEQUENTIAL)' ./nft
 	test/fuzz.sh $(FUZZTIME)
 	go test -short -run='^$$' -bench=. -benchtime=1x -timeout=5m ./...
 	@$(MAKE) --no-print-directory test-chart test-page test-cluster
@@ -212,10 +223,9 @@ ARCHSKIP := ^(TestAssignAllEndpointIDs|TestChangesCountedBeforeGeneration)$$|^Te
 .PHONY: test-arch
 test-arch: $(EMULATED:%=test-arch-%) ## run the tests that need no kernel on other architectures, in QEMU; EMULATED=s390x
 
-# The flags equal those of the programs for images, so that Go compiles packages only once. The
-# findings of go vet are those of make test.
+# The findings of go vet are those of make test.
 test-arch-%: FORCE | .cache/qemu-user
-	CGO_ENABLED=0 GOARCH=$* go test -vet=off -trimpath -short -count=1 -timeout=10m -skip='$(ARCHSKIP)' -exec='$(call QEMU,$*)' $(ARCHPKG)
+	GOARCH=$* go test -vet=off -short -count=1 -timeout=10m -skip='$(ARCHSKIP)' -exec='$(call QEMU,$*)' $(ARCHPKG)
 
 # Virtual machines: architecture, Debian kernels, packages to test, timeout of go test, and QEMU
 # accelerator. ACCEL=kvm is much faster where it is available. Tests and benchmarks that
@@ -263,7 +273,7 @@ VMSKIP-ipvs = $(if $(filter amd64,$(ARCH)),$(VMSKIP-ipvs-$(1)))
 VM = $(CURDIR)/bin/vm run -arch=$(ARCH) -accel=$(ACCEL)
 # Programs for virtual machines are static and use only instructions that QEMU emulates.
 # GOGC=400 trades memory for time, because the emulated processor is slow.
-VMGO = CGO_ENABLED=0 GOARCH=$(ARCH) GOAMD64=v1 GOGC=400 GOFLAGS='$(GOFLAGS) -tags=ipvs$(if $(filter-out amd64,$(ARCH)), -trimpath)' go
+VMGO = GOARCH=$(ARCH) GOAMD64=v1 GOGC=400 GOFLAGS='$(GOFLAGS) -tags=ipvs' go
 # Arguments: kernel, packages, pattern of tests to skip, pattern of tests to run, flags of vm. The
 # patterns apply only to a run of all tests, that is if RUN is a single dot.
 VMTEST = $(VMGO) test -count=1 -p=1 -parallel=2 -timeout=$(VMTIMEOUT) -exec='$(VM) -kernel=$(1) $(5)' \
