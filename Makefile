@@ -205,6 +205,10 @@ conformance: cluster-programs cluster-image ## run Kubernetes' [Conformance] tes
 test-cluster: ## test the programs that start a cluster (root), some seconds
 	cd test/cluster && go vet ./... && go test -count=1 -timeout=10m ./...
 
+.PHONY: test-disruptions
+test-disruptions: cluster-programs cluster-image ## restart parts of a cluster under load, and go to kube-proxy and back (root), about 5 minutes; ARGS='-run=TestDisruptions/drain -outage=5m'
+	cd test/cluster && go test -tags=cluster -count=1 -timeout=60m -run=TestDisruptions -v . $(ARGS)
+
 .PHONY: test-monitoring
 test-monitoring: deps kube-proxy ## compare metrics and HTTP endpoints with kube-proxy's (root)
 	cd test/monitoring && go vet ./... && go test -count=1 -timeout=10m ./...

@@ -9,8 +9,10 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/client-go/dynamic"
@@ -81,6 +83,7 @@ func Run(ctx context.Context, state string, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("load balancer: %w", err)
 	}
+	r.ready.Store(true)
 	go balancer.Run(ctx)
 	select {
 	case err := <-r.group.Failed():
@@ -96,6 +99,7 @@ type runner struct {
 	log       *slog.Logger
 	group     *programs.Group
 	bridge    *bridge
+	ready     atomic.Bool
 	clientset kubernetes.Interface
 	dynamic   dynamic.Interface
 }
@@ -167,7 +171,7 @@ func (r *runner) startNode(cp *controlplane.ControlPlane, n topology.Node) error
 	if err := copyFile(filepath.Join(dir, node.CAFile), cp.CAFile()); err != nil {
 		return err
 	}
-	group, err := cgroup.Create(n.Name)
+	group, err := newCgroup(n.Name)
 	if err != nil {
 		return err
 	}
@@ -188,12 +192,40 @@ func (r *runner) startNode(cp *controlplane.ControlPlane, n topology.Node) error
 	if err != nil {
 		return err
 	}
-	r.group.Add(n.Name, cmd)
+	go r.boot(cp, n, cmd)
 	pid := cmd.Process.Pid
 	if err := os.WriteFile(PIDFile(r.state, n.Name), []byte(strconv.Itoa(pid)), 0o600); err != nil {
 		return err
 	}
 	return r.bridge.connect(n, pid)
+}
+
+// boot waits until a node ends, and starts it again with the files on its disk. A node that ends
+// before the cluster is ready ends the cluster.
+func (r *runner) boot(cp *controlplane.ControlPlane, n topology.Node, cmd *exec.Cmd) {
+	err := cmd.Wait()
+	if !r.ready.Load() {
+		r.group.Fail(fmt.Errorf("%s has ended: %w\n%s", n.Name, errors.Join(err, errNotReady), programs.Tail(r.group.Log(n.Name))))
+		return
+	}
+	r.log.Info("node has ended and starts again", "node", n.Name, "error", err) //nolint:sloglint // no context
+	if err := r.startNode(cp, n); err != nil {
+		r.group.Fail(fmt.Errorf("start %s again: %w", n.Name, err))
+	}
+}
+
+var errNotReady = errors.New("the cluster is not ready yet")
+
+// newCgroup creates a group without the groups of the node's containers before a restart.
+func newCgroup(name string) (*cgroup.Group, error) {
+	group, err := cgroup.Find(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := group.Remove(); err != nil {
+		return nil, err
+	}
+	return cgroup.Create(name)
 }
 
 func copyFile(to, from string) error {

@@ -52,7 +52,7 @@ func Run(ctx context.Context, state string, number int) error {
 	if err := loadImages(ctx, cluster); err != nil {
 		return fmt.Errorf("%w\n%s", err, programs.Tail(group.Log(n.Name+"-containerd")))
 	}
-	if err := group.Start(n.Name+"-kubelet", filepath.Join(cluster.Programs, "kubelet"), kubeletArgs(dir, n)...); err != nil {
+	if err := group.Keep(n.Name+"-kubelet", filepath.Join(cluster.Programs, "kubelet"), kubeletArgs(dir, n)...); err != nil {
 		return err
 	}
 	select {

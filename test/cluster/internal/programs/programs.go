@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"time"
 )
 
 // Group is a group of programs that must all run until the end. They end with the PID namespace
@@ -24,7 +25,8 @@ func NewGroup(logs string, env ...string) *Group {
 	return &Group{logs: logs, env: env, failed: make(chan error, 1)}
 }
 
-// Failed returns a channel that receives an error when a program ends.
+// Failed returns a channel that receives an error when a program of Start or Add ends, or one of
+// Keep cannot start again.
 func (g *Group) Failed() <-chan error { return g.failed }
 
 // Log returns the path of the log of a program.
@@ -32,34 +34,63 @@ func (g *Group) Log(name string) string { return filepath.Join(g.logs, name+".lo
 
 // Start starts a program, with a name for its log.
 func (g *Group) Start(name, path string, args ...string) error {
+	cmd, err := g.run(name, path, args)
+	if err != nil {
+		return err
+	}
+	g.Add(name, cmd)
+	return nil
+}
+
+// Keep starts a program, and starts it again after each end, as an init system does.
+func (g *Group) Keep(name, path string, args ...string) error {
+	const pause = time.Second
+	cmd, err := g.run(name, path, args)
+	if err != nil {
+		return err
+	}
+	go func() {
+		for {
+			_ = cmd.Wait() // its log has the reason
+			time.Sleep(pause)
+			if cmd, err = g.run(name, path, args); err != nil {
+				g.Fail(err)
+				return
+			}
+		}
+	}()
+	return nil
+}
+
+func (g *Group) run(name, path string, args []string) (*exec.Cmd, error) {
 	log, err := os.OpenFile(g.Log(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
-		return fmt.Errorf("start %s: %w", name, err)
+		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	defer log.Close()                  //nolint:errcheck // the program has its own descriptor
 	cmd := exec.Command(path, args...) //nolint:noctx // it runs until the end
 	cmd.Env = append(os.Environ(), g.env...)
 	cmd.Stdout, cmd.Stderr = log, log
-	return g.start(name, cmd)
-}
-
-func (g *Group) start(name string, cmd *exec.Cmd) error {
 	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start %s: %w", name, err)
+		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	g.Add(name, cmd)
-	return nil
+	return cmd, nil
 }
 
 // Add adds a running program.
 func (g *Group) Add(name string, cmd *exec.Cmd) {
 	go func() {
 		err := cmd.Wait()
-		select {
-		case g.failed <- fmt.Errorf("%s has ended: %w\n%s", name, errors.Join(err, errEnded), Tail(g.Log(name))):
-		default:
-		}
+		g.Fail(fmt.Errorf("%s has ended: %w\n%s", name, errors.Join(err, errEnded), Tail(g.Log(name))))
 	}()
+}
+
+// Fail makes Failed return an error, unless it has one already.
+func (g *Group) Fail(err error) {
+	select {
+	case g.failed <- err:
+	default:
+	}
 }
 
 var errEnded = errors.New("it must run until the cluster ends")
