@@ -69,11 +69,12 @@ func (s suite) reuseMasqueradedPort(t *testing.T, family dataplane.Family) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The endpoint accepts a SYN whose sequence number is higher than the earlier connection's,
-	// and about half of the numbers are not.
+	// The endpoint accepts a SYN whose sequence number is higher than the earlier connection's. Half
+	// of all numbers are not; the multiples of spread, modulo 2^32, are distributed evenly.
+	const spread = 2654435769
 	for port := uint16(firstPort + 1); port < firstPort+ports; port++ {
 		repeated := portReuseClient{t, conn, nettest.Segment{
-			Source: addrPortOf(outside, family, port), Destination: to, Seq: uint32(port) << 22, Flags: nettest.SYN,
+			Source: addrPortOf(outside, family, port), Destination: to, Seq: uint32(port) * spread, Flags: nettest.SYN,
 		}}
 		if repeated.connect() != nettest.ACK {
 			continue
