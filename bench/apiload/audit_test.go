@@ -32,7 +32,7 @@ func TestAuditLog(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer file.Close() //nolint:errcheck // only for this test
+	defer file.Close()
 	for _, step := range steps {
 		if _, err := file.WriteString(step.lines); err != nil {
 			t.Fatal(err)

@@ -164,7 +164,7 @@ func (b *bench) start(ctx context.Context, s system.System, i int) (_ *agent, er
 		})
 	}
 	if err != nil {
-		return nil, errors.Join(err, a.client.Close())
+		return nil, errors.Join(err, a.Close())
 	}
 	return a, nil
 }

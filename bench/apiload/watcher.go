@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 
@@ -142,9 +143,7 @@ func (r *reader) renew(ctx context.Context, path string, query url.Values, versi
 
 func cloneQuery(q url.Values) url.Values {
 	c := url.Values{}
-	for k, v := range q {
-		c[k] = v
-	}
+	maps.Copy(c, q)
 	return c
 }
 
