@@ -11,6 +11,8 @@ set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 cache=$top/.cache/controlplane
 module=$top/test/e2e/kubernetes
+# Kubelet, kube-proxy and others, which other scripts build without cgo, share most packages.
+export CGO_ENABLED=0
 programs=(etcd kube-apiserver kube-controller-manager)
 
 want=$(
@@ -19,7 +21,7 @@ want=$(
 	sha256sum test/e2e/kubernetes/go.mod test/e2e/kubernetes/go.sum test/controlplane/build.sh
 )
 up_to_date() {
-	[ "$(cat "$cache/built" 2>/dev/null)" = "$want" ] || return 1
+	[ "$(cat "$cache/programs.built" 2>/dev/null)" = "$want" ] || return 1
 	local p
 	for p in "${programs[@]}"; do [ -x "$cache/$p" ] || return 1; done
 }
@@ -48,4 +50,4 @@ go build -trimpath -ldflags "$ldflags" -o "$work/" \
 	go.etcd.io/etcd/server/v3 k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kube-controller-manager
 mv "$work/server" "$work/etcd"
 for p in "${programs[@]}"; do mv -f "$work/$p" "$cache/$p"; done
-echo "$want" >"$cache/built"
+echo "$want" >"$cache/programs.built"
