@@ -349,10 +349,6 @@ bench-full: build build-bench kube-proxy vm ## compare all systems with up to 10
 bench-api: build build-bench kube-proxy controlplane ## measure the load of Fairlead and kube-proxy on a real API server (root), about 20 minutes; ARGS='--services=200 --starts=1'
 	bin/fairlead-bench apiload $(ARGS)
 
-.PHONY: bench-api
-bench-api: build build-bench kube-proxy controlplane ## measure the load of Fairlead and kube-proxy on a real API server (root), about 20 minutes; ARGS='--services=200 --starts=1'
-	bin/fairlead-bench apiload $(ARGS)
-
 .PHONY: gobench
 gobench: ## run the Go benchmarks (root), minutes; BENCH=regexp COUNT=n
 	go test -run='^$$' -bench='$(BENCH)' -count=$(COUNT) -benchmem -timeout=60m ./...
