@@ -50,7 +50,7 @@ func run(ctx context.Context, args []string) error {
 		return errUsage
 	}
 	flags := flag.NewFlagSet("cluster "+args[0], flag.ContinueOnError)
-	state := flags.String("state", "bin/cluster-state", "`directory` of the cluster's files; not on overlayfs")
+	state := flags.String("state", "bin/cluster-state", "`directory` of the cluster's files")
 	switch args[0] {
 	case "start":
 		o := addStartFlags(flags)

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -165,6 +166,9 @@ func (r *runner) startNode(cp *controlplane.ControlPlane, n topology.Node) error
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
+	if err := mountWritable(dir); err != nil {
+		return err
+	}
 	if err := cp.Kubeconfig(filepath.Join(dir, node.Kubeconfig), "system:node:"+n.Name, "system:nodes"); err != nil {
 		return err
 	}
@@ -198,6 +202,23 @@ func (r *runner) startNode(cp *controlplane.ControlPlane, n topology.Node) error
 		return err
 	}
 	return r.bridge.connect(n, pid)
+}
+
+// mountWritable mounts a tmpfs on a node's directory if it is on overlayfs, for example in a
+// container, because an overlay cannot store the changes of another one. The mount ends with the
+// namespaces.
+func mountWritable(dir string) error {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(dir, &stat); err != nil {
+		return fmt.Errorf("file system of %s: %w", dir, err)
+	}
+	if stat.Type != unix.OVERLAYFS_SUPER_MAGIC {
+		return nil
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755"); err != nil {
+		return fmt.Errorf("mount a tmpfs on %s: %w", dir, err)
+	}
+	return nil
 }
 
 // boot waits until a node ends, and starts it again with the files on its disk. A node that ends

@@ -76,14 +76,6 @@ func (l *Lab) check() error {
 			return fmt.Errorf("start a cluster: the state directory %s is below %s, which nodes replace: use another one with -state", l.state, dir)
 		}
 	}
-	var stat unix.Statfs_t
-	if err := unix.Statfs(l.state, &stat); err != nil {
-		return fmt.Errorf("start a cluster: %s: %w", l.state, err)
-	}
-	if stat.Type == unix.OVERLAYFS_SUPER_MAGIC {
-		return fmt.Errorf("start a cluster: the state directory %s is on overlayfs, which cannot store the changes of another overlay: "+
-			"use a directory on another file system with -state, such as a tmpfs", l.state)
-	}
 	return nil
 }
 
