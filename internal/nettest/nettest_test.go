@@ -317,6 +317,9 @@ func TestAddAndRemovePods(t *testing.T) {
 		if _, err := n.AddPod("pod"); err == nil {
 			t.Fatal("AddPod accepted a name in use")
 		}
+		if _, err := n.AddPod("pod2", netip.MustParseAddr("10.9.9.9")); err == nil {
+			t.Fatal("AddPod accepted an address in use")
+		}
 		answer, err := client.Connect(t.Context(), nettest.TCP, netip.MustParseAddrPort("10.9.9.9:80"))
 		if err != nil {
 			t.Fatalf("round %d: %v", i, err)

@@ -329,7 +329,8 @@ func (n *Network) AddPod(name string, addrs ...netip.Addr) (*Host, error) {
 		linkEnd{host: pod, link: "eth0", mac: hardwareAddr(n.links, 2), addrs: pod.prefixes(32, 128), routes: defaultRoutes(gateways())},
 	)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("add pod %s: %w", name, err), pod.Close())
+		// pod.Close locks n.mu.
+		return nil, errors.Join(fmt.Errorf("add pod %s: %w", name, err), n.deleteLink(pod.link), pod.Namespace.Close())
 	}
 	n.pods[name] = pod
 	return pod, nil
@@ -625,7 +626,7 @@ func setLinkUp(handle *netlink.Handle, e linkEnd) (int, error) {
 // waitLinkUp waits until a link is operational. The end that is set up first has no carrier
 // at that time, and the kernel drops its packets until a worker has noticed the carrier.
 func waitLinkUp(handle *netlink.Handle, e linkEnd) error {
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(kernelTimeout)
 	for {
 		link, err := handle.LinkByName(e.link)
 		if err != nil {
@@ -688,6 +689,10 @@ func (e linkEnd) configure(handle *netlink.Handle, index int, peer net.HardwareA
 	return nil
 }
 
+// kernelTimeout limits how long the kernel's workers may take on a busy machine. While many network
+// namespaces come and go, they wait for the lock of all network devices.
+const kernelTimeout = time.Minute
+
 // waitAddrLocal waits until the host accepts packets to its address. For an IPv6 address, a
 // kernel worker adds the local route after the address, even without duplicate address
 // detection.
@@ -695,7 +700,7 @@ func waitAddrLocal(handle *netlink.Handle, addr netip.Addr) error {
 	if addr.IsLinkLocalUnicast() {
 		return nil // never a destination in these networks
 	}
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(kernelTimeout)
 	for {
 		routes, err := handle.RouteGet(addr.AsSlice())
 		if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
