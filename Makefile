@@ -152,7 +152,6 @@ RUN ?= .
 .PHONY: e2e
 e2e: deps controlplane kube-proxy ## run end-to-end tests with a real Kubernetes control plane (root); RUN=regexp
 	go test -tags=e2e -v -count=1 -timeout=15m -run='$(RUN)' ./test/e2e/... ./bench/apiload
-	$(if $(filter .,$(RUN)),go test -tags=e2e -count=1 -timeout=5m -run=TestRun ./bench/apiload)
 	$(if $(filter .,$(RUN)),@$(MAKE) --no-print-directory test-monitoring)
 
 # A Kubernetes cluster on this machine. The packages are for the images that its tests use.
