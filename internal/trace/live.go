@@ -53,7 +53,7 @@ func Follow(ctx context.Context, c Connection, p dataplane.Protocol, host *Host,
 	if err != nil {
 		return nil, err
 	}
-	return path, path.findVirtualServer(p, host)
+	return path, path.findVirtualServer(p, host) //nolint:contextcheck // the kernel answers at once
 }
 
 // add adds an event of the first packet. It returns false for an event of another packet.
