@@ -229,7 +229,7 @@ func (r *runner) boot(cp *controlplane.ControlPlane, n topology.Node, cmd *exec.
 		r.group.Fail(fmt.Errorf("%s has ended: %w\n%s", n.Name, errors.Join(err, errNotReady), programs.Tail(r.group.Log(n.Name))))
 		return
 	}
-	r.log.Info("node has ended and starts again", "node", n.Name, "error", err) //nolint:sloglint // no context
+	r.log.Info("node has ended and starts again", "node", n.Name, "error", err)
 	if err := r.startNode(cp, n); err != nil {
 		r.group.Fail(fmt.Errorf("start %s again: %w", n.Name, err))
 	}
