@@ -100,8 +100,8 @@ kube-proxy: ## build kube-proxy for tests and benchmarks in .cache; the first bu
 kube-proxy-flags: kube-proxy ## write the list of kube-proxy's flags that a test compares with docs/compatibility.md
 	.cache/kube-proxy/kube-proxy --help | grep -oE '^ +(-[a-z], )?--[a-z0-9-]+' | sed 's/.*--//' | sort >cmd/fairlead/testdata/kube-proxy-flags.txt
 
-# Behaviors with real packets that the race detector makes several times as slow. Their calls of a
-# backend follow each other, so they run without it. Those whose calls overlap run with it.
+# Behaviors with many connections, whose calls of a backend follow each other. They run without the
+# race detector, which makes them slower. Those whose calls overlap run with it.
 SEQUENTIAL := ^TestBehaviour$$/^(Service_with_1000_endpoints|endpoints_are_chosen_evenly|connections_without_endpoints_are_(rejected|dropped)$\
 	|node_ports_answer_on_the_configured_addresses|external_traffic_policy_Local|source_ranges|session_affinity|session_affinity_of_many_clients$\
 	|hairpin_connections|endpoints_on_the_node_itself|changes_of_a_Service|Services_that_share_endpoints|Service_with_many_frontends$\
