@@ -130,6 +130,10 @@ func acceptAndClose(host *nettest.Host) (stop func() error, err error) {
 		if fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
 			return os.NewSyscallError("socket", err)
 		}
+		// Without this option, a connection whose end has not yet arrived keeps others from the port.
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return errors.Join(os.NewSyscallError("setsockopt", err), unix.Close(fd))
+		}
 		if err := unix.Bind(fd, &unix.SockaddrInet4{Port: cluster.TargetPort}); err != nil {
 			return errors.Join(os.NewSyscallError("bind", err), unix.Close(fd))
 		}
