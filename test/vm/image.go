@@ -346,9 +346,12 @@ func parseLdd(out string) []string {
 }
 
 // addCheckout adds the checkout at root under the same path, so that tests find the files
-// they read. It omits .git, and of .cache it adds only the nft releases.
+// they read. It omits .git and the files of clusters, which are large and change while a cluster
+// runs. Of .cache it adds only the nft releases.
 func addCheckout(a *archive, root string) error {
-	err := a.addTree(root, root, func(rel string) bool { return rel == ".git" || rel == ".cache" })
+	err := a.addTree(root, root, func(rel string) bool {
+		return rel == ".git" || rel == ".cache" || rel == "bin/conformance" || strings.HasPrefix(rel, "bin/cluster-")
+	})
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
@@ -171,16 +172,7 @@ func TestIncludeModule(t *testing.T) {
 // TestArchive reads an archive with an independent parser.
 func TestArchive(t *testing.T) {
 	t.Parallel()
-	host := t.TempDir()
-	for name, text := range map[string]string{"a": "one", "skipped": "x", "sub/b": "twelve bytes", "sub/skipped/c": "y"} {
-		at := filepath.Join(host, name)
-		if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(at, []byte(text), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
+	host := writeTree(t, map[string]string{"a": "one", "skipped": "x", "sub/b": "twelve bytes", "sub/skipped/c": "y"})
 	if err := os.Symlink("../a", filepath.Join(host, "sub", "link")); err != nil {
 		t.Fatal(err)
 	}
@@ -214,6 +206,46 @@ func TestArchive(t *testing.T) {
 	if diff := cmp.Diff(want, readArchive(t, b.Bytes()), cmp.AllowUnexported(archiveEntry{})); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
+}
+
+// TestCheckoutWithoutClusters checks that the files of a running cluster do not get into an archive:
+// its logs grow while they are read.
+func TestCheckoutWithoutClusters(t *testing.T) {
+	t.Parallel()
+	root := writeTree(t, map[string]string{
+		"go.mod": "module m", "bin/fairlead": "program", "bin/fairlead-cluster": "program", ".git/config": "", ".cache/vm/kernel": "",
+		"bin/cluster-state/log/kubelet.log": "line", "bin/cluster-image.tar": "image", "bin/conformance/output.log": "line",
+	})
+	var b bytes.Buffer
+	a := newArchive(&b)
+	if err := errors.Join(addCheckout(a, root), a.close()); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range readArchive(t, b.Bytes()) {
+		if name, inside := strings.CutPrefix("/"+e.name, root+"/"); inside && e.mode&modeFile == modeFile {
+			got = append(got, name)
+		}
+	}
+	if diff := cmp.Diff([]string{"bin/fairlead", "bin/fairlead-cluster", "go.mod"}, got); diff != "" {
+		t.Errorf("files of the checkout (-want +got):\n%s", diff)
+	}
+}
+
+// writeTree creates files with the given content in a temporary directory and returns its path.
+func writeTree(t *testing.T, files map[string]string) string {
+	t.Helper()
+	root := t.TempDir()
+	for name, text := range files {
+		at := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(at, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
 }
 
 type archiveEntry struct {
