@@ -89,7 +89,7 @@ func define(programs Programs, names []string) ([]definition, error) {
 		{names: wanted("busybox"), layers: []*contents{base}, config: v1.Config{Cmd: []string{"sh"}, Env: env}},
 		{names: wanted("glibc-dns-testing", "jessie-dnsutils"), layers: []*contents{base, utilities, coredns}, config: v1.Config{Cmd: []string{"bash"}, Env: env}},
 		{
-			names: wanted("agnhost"), layers: []*contents{base, utilities, agnhost},
+			names: wanted("agnhost"), layers: []*contents{base, utilities, coredns, agnhost},
 			config: v1.Config{Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}, Env: env},
 		},
 		{names: wanted("regression-issue-74839"), layers: []*contents{regression}, config: v1.Config{Entrypoint: []string{"/regression-issue-74839"}}},
