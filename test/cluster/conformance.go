@@ -23,6 +23,7 @@ type conformanceOptions struct {
 
 	full     bool
 	focus    string
+	failed   bool
 	procs    int
 	version  string
 	document string
@@ -41,6 +42,7 @@ func addConformanceFlags(flags *flag.FlagSet) *conformanceOptions {
 	o := &conformanceOptions{startOptions: addStartFlags(flags)}
 	flags.BoolVar(&o.full, "full", false, "run all tests of sig-network that can run on one machine")
 	flags.StringVar(&o.focus, "focus", "", "`regular expression` of the tests to run; the results are not recorded")
+	flags.BoolVar(&o.failed, "failed", false, "run only the tests that failed in the last run, one at a time, and add their results to that run's")
 	flags.IntVar(&o.procs, "procs", 6, "`number` of tests that run at the same time")
 	flags.StringVar(&o.version, "version", "unknown", "`version` of Fairlead")
 	flags.StringVar(&o.document, "document", "docs/conformance.md", "`file` to record the results in; empty does not record")
@@ -90,6 +92,10 @@ func (o *conformanceOptions) test(ctx context.Context, l *lab.Lab, cluster *topo
 		exclusions = nil // see runConformance
 	}
 	suite := &conformance.Suite{Lab: l, Cluster: cluster, Directory: o.results, Processes: o.procs, Focus: o.focus}
+	failed, err := o.failedTests(suite)
+	if err != nil {
+		return err
+	}
 	// A new version of Kubernetes may have new tests that an exclusion matches.
 	names, err := suite.List(ctx)
 	if err != nil {
@@ -99,6 +105,8 @@ func (o *conformanceOptions) test(ctx context.Context, l *lab.Lab, cluster *topo
 		return err
 	}
 	switch {
+	case o.failed:
+		suite.Focus, suite.Processes = conformance.Exactly(failed), 1
 	case o.full:
 		suite.Exclusions = exclusions
 	case o.focus == "":
@@ -112,10 +120,28 @@ func (o *conformanceOptions) test(ctx context.Context, l *lab.Lab, cluster *topo
 	fmt.Printf("%d passed, %d failed, %d skipped themselves, after %s; see %s\n", conformance.Count(tests, conformance.Passed),
 		conformance.Count(tests, conformance.Failed), conformance.Count(tests, conformance.Skipped), time.Since(began).Round(time.Second), o.results)
 	errs := []error{conformance.Check(tests)}
-	if o.focus == "" {
+	switch {
+	case o.failed:
+		errs = append(errs, o.record(ctx, cluster, tests))
+	case o.focus == "":
 		errs = append(errs, conformance.CheckSkipped(suite.Exclusions, tests), o.record(ctx, cluster, tests))
 	}
 	return errors.Join(errs...)
+}
+
+// failedTests returns the tests to run again, none without the option.
+func (o *conformanceOptions) failedTests(suite *conformance.Suite) ([]string, error) {
+	if !o.failed {
+		return nil, nil
+	}
+	if o.focus != "" {
+		return nil, errors.New("failed: -focus selects tests as well; use one of them")
+	}
+	names, err := suite.Failed()
+	if err == nil && len(names) == 0 {
+		err = fmt.Errorf("failed: no test failed in the last run, see %s", o.results)
+	}
+	return names, err
 }
 
 // record replaces the results of the proxy in the document.
@@ -142,7 +168,11 @@ func (o *conformanceOptions) record(ctx context.Context, cluster *topology.Clust
 	if cluster.Proxy == topology.KubeProxy {
 		run.Proxy, run.Version = topology.KubeProxy, kubernetes+" "+cluster.Mode
 	}
-	if err := document.Update(run, tests); err != nil {
+	update := document.Update
+	if o.failed {
+		update = document.UpdateFailed
+	}
+	if err := update(run, tests); err != nil {
 		return err
 	}
 	return os.WriteFile(o.document, []byte(document.Markdown()), 0o644)

@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"regexp"
 	"strings"
 	"testing"
 
@@ -131,6 +132,49 @@ func TestDocument(t *testing.T) {
 	d := newDocument()
 	if err := d.Update(Run{Proxy: "other"}, nil); err == nil {
 		t.Error("no error for a proxy without a column")
+	}
+}
+
+// TestFailedTestsRunAgain checks that tests that ran again alone replace only failures of the same run.
+func TestFailedTestsRunAgain(t *testing.T) {
+	t.Parallel()
+	run := Run{Proxy: "Fairlead nft", Version: "v0.1", Kubernetes: "v1.37.2", Kernel: "6.18", Date: "2026-11-30"}
+	a := Test{Name: "[sig-network] A [Conformance]", Labels: []string{"Conformance"}, Result: Failed}
+	b, c := Test{Name: "[sig-network] B", Result: Failed}, Test{Name: "[sig-network] C", Result: Passed}
+	d := newDocument()
+	if err := d.Update(run, []Test{a, b, c}); err != nil {
+		t.Fatal(err)
+	}
+	again := func(t Test, result Result) Test { t.Result = result; return t }
+	later := run
+	later.Date = "2026-12-01"
+	if err := d.UpdateFailed(later, []Test{again(a, Passed), again(b, Failed)}); err != nil {
+		t.Fatal(err)
+	}
+	got := []any{d.Conformance[0], d.Other[0], d.Conformance[0].passed(), d.Other[0].passed()}
+	want := []any{
+		Column{Run: run, Results: map[string]Result{a.Name: PassedAlone}}, Column{Run: run, Results: map[string]Result{b.Name: Failed, c.Name: Passed}},
+		"1 of 1", "1 of 2",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	other := run
+	other.Version = "v0.2"
+	for name, err := range map[string]error{
+		"a passed test":   d.UpdateFailed(run, []Test{again(c, Passed)}),
+		"another version": d.UpdateFailed(other, []Test{again(b, Passed)}),
+	} {
+		if err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	names := []string{a.Name, "[sig-network] B (a|b)"}
+	expression := regexp.MustCompile(Exactly(names))
+	for name, want := range map[string]bool{names[0]: true, names[1]: true, names[1] + " more": false, "[sig-network] B": false} {
+		if got := expression.MatchString(name); got != want {
+			t.Errorf("expression of %q matches %q: %t", names, name, got)
+		}
 	}
 }
 

@@ -57,7 +57,9 @@ from its Helm chart with the default values. [cluster.md](cluster.md) describes 
     make conformance FULL=1                 # all tests of sig-network that can run on one machine
 
 ` + "`test/cluster/internal/conformance/skipped.txt`" + ` lists the tests that FULL=1 skips, with the reason of each. A run fails if the list is not
-complete. FULL=1 also sets ` + "`nodePortAddresses`" + ` and ` + "`podLabels`" + ` in Fairlead's chart, because some tests need them. "–" means that a test was not part of the last run.
+complete. FULL=1 also sets ` + "`nodePortAddresses`" + ` and ` + "`podLabels`" + ` in Fairlead's chart, because some tests need them. "–" means that a test was not part of the last run,
+and "pass alone" that it failed while other tests ran at the same time, for example because the machine was too busy for its time limits, and
+passed when ` + "`make conformance ARGS=-failed`" + ` ran it again alone.
 `
 	conformanceHeading = "## [Conformance] tests"
 	oldestHeading      = "## [Conformance] tests of Kubernetes " + Oldest
@@ -150,13 +152,9 @@ func (r *Run) fields() map[string]*string {
 // Update replaces the results of a proxy: those of the [Conformance] tests if the run has any, and
 // those of other tests if it has any.
 func (d *Document) Update(run Run, tests []Test) error {
-	columns := d.Conformance
-	if strings.HasPrefix(run.Kubernetes, "v"+Oldest+".") {
-		columns = d.Oldest
-	}
-	i := slices.IndexFunc(columns, func(c Column) bool { return c.Proxy == run.Proxy })
-	if i < 0 {
-		return fmt.Errorf("no column for %s with Kubernetes %s", run.Proxy, run.Kubernetes)
+	columns, i, err := d.find(run)
+	if err != nil {
+		return err
 	}
 	conformance, other := map[string]Result{}, map[string]Result{}
 	for _, t := range tests {
@@ -171,6 +169,42 @@ func (d *Document) Update(run Run, tests []Test) error {
 	}
 	if len(other) > 0 {
 		d.Other[i] = Column{Run: run, Results: other}
+	}
+	return nil
+}
+
+// find returns the columns of the [Conformance] tests of the run's release of Kubernetes, and the
+// index of its proxy.
+func (d *Document) find(run Run) (columns []Column, i int, err error) {
+	columns = d.Conformance
+	if strings.HasPrefix(run.Kubernetes, "v"+Oldest+".") {
+		columns = d.Oldest
+	}
+	i = slices.IndexFunc(columns, func(c Column) bool { return c.Proxy == run.Proxy })
+	if i < 0 {
+		return nil, 0, fmt.Errorf("no column for %s with Kubernetes %s", run.Proxy, run.Kubernetes)
+	}
+	return columns, i, nil
+}
+
+// UpdateFailed replaces the results of tests that failed in the last run of the same versions, and
+// that have run again alone.
+func (d *Document) UpdateFailed(run Run, tests []Test) error {
+	columns, i, err := d.find(run)
+	if err != nil {
+		return err
+	}
+	for _, t := range tests {
+		c := d.Other[i]
+		if t.Conformance() {
+			c = columns[i]
+		}
+		if c.Results[t.Name] != Failed || c.Version != run.Version || c.Kubernetes != run.Kubernetes {
+			return fmt.Errorf("%s: the document has no failure of %s %s with Kubernetes %s", t.Name, run.Proxy, run.Version, run.Kubernetes)
+		}
+		if t.Result == Passed {
+			c.Results[t.Name] = PassedAlone
+		}
 	}
 	return nil
 }
@@ -226,7 +260,7 @@ func (c Column) passed() string {
 	}
 	passed := 0
 	for _, r := range c.Results {
-		if r == Passed {
+		if r == Passed || r == PassedAlone {
 			passed++
 		}
 	}

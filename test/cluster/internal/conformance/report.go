@@ -20,6 +20,9 @@ const (
 	Passed  Result = "pass"
 	Failed  Result = "FAIL"
 	Skipped Result = "skipped"
+	// PassedAlone is the result of a test that failed in the run and passed when it ran again,
+	// while no other test ran.
+	PassedAlone Result = "pass alone"
 )
 
 // Test is a test with its result.

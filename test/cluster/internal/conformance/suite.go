@@ -7,7 +7,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
+	"strings"
 
 	"fairlead.io/fairlead/test/cluster/internal/lab"
 	"fairlead.io/fairlead/test/cluster/internal/topology"
@@ -108,6 +110,30 @@ func (s *Suite) arguments() []string {
 	return append(args, s.program("e2e.test"), "--",
 		"--kubeconfig="+s.Lab.Kubeconfig(), "--kubectl-path="+s.program("kubectl"), "--provider=skeleton",
 		"--num-nodes="+strconv.Itoa(s.Cluster.Nodes), "--report-dir="+s.Directory, "--disable-log-dump")
+}
+
+// Failed returns the names of the tests that failed in the last run.
+func (s *Suite) Failed() ([]string, error) {
+	tests, err := readReportFile(filepath.Join(s.Directory, reportFile))
+	if err != nil {
+		return nil, fmt.Errorf("read the results of the last run: %w", err)
+	}
+	var names []string
+	for _, t := range tests {
+		if t.Result == Failed {
+			names = append(names, t.Name)
+		}
+	}
+	return names, nil
+}
+
+// Exactly returns a regular expression that matches only these names of tests.
+func Exactly(names []string) string {
+	quoted := make([]string, 0, len(names))
+	for _, name := range names {
+		quoted = append(quoted, regexp.QuoteMeta(name))
+	}
+	return "^(" + strings.Join(quoted, "|") + ")$"
 }
 
 func readReportFile(path string) ([]Test, error) {
