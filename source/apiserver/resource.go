@@ -2,6 +2,7 @@ package apiserver
 
 import (
 	"fmt"
+	"sync/atomic"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -42,26 +43,37 @@ func (res resource) groupVersion() schema.GroupVersion {
 	}
 }
 
+// selection chooses the objects that this node needs.
+type selection struct {
+	nodeName, proxyName string
+	// headless means that the server cannot leave out headless Services: Kubernetes knows the
+	// field selector since 1.31. Package kube ignores these Services.
+	headless atomic.Bool
+}
+
 // addSelectors adds selectors that leave out objects which this node does not need. The
 // server reports an object that stops matching as deleted.
 //
 // The EndpointSlice controller copies the labels of a Service to its slices. Slices that a user
 // writes may lack them, so the default proxy does not filter them by proxy.
-func (res resource) addSelectors(opts *metav1.ListOptions, nodeName, proxyName string) {
+func (s *selection) addSelectors(res resource, opts *metav1.ListOptions) {
 	switch res {
 	case services:
 		opts.LabelSelector = "!" + kube.LabelServiceProxyName
-		if proxyName != "" {
-			opts.LabelSelector = kube.LabelServiceProxyName + "=" + proxyName
+		if s.proxyName != "" {
+			opts.LabelSelector = kube.LabelServiceProxyName + "=" + s.proxyName
 		}
-		opts.FieldSelector = "spec.clusterIP!=" + corev1.ClusterIPNone
+		opts.FieldSelector = ""
+		if !s.headless.Load() {
+			opts.FieldSelector = "spec.clusterIP!=" + corev1.ClusterIPNone
+		}
 	case endpointSlices:
 		opts.LabelSelector = "!" + corev1.IsHeadlessService
-		if proxyName != "" {
-			opts.LabelSelector += "," + kube.LabelServiceProxyName + "=" + proxyName
+		if s.proxyName != "" {
+			opts.LabelSelector += "," + kube.LabelServiceProxyName + "=" + s.proxyName
 		}
 	case nodes:
-		opts.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, nodeName).String()
+		opts.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, s.nodeName).String()
 	case serviceCIDRs:
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -164,6 +165,38 @@ func TestLongOutage(t *testing.T) {
 		}
 		stop()
 		for text, n := range map[string]int{"can't be reached": 1, "is back": 1, "are late": 5, "level=": 7} {
+			if log.count(text) != n {
+				t.Errorf("log has %q %d times, want %d:\n%s", text, log.count(text), n, log.text.String())
+			}
+		}
+	})
+}
+
+// TestServerWithoutFieldSelector checks that the Source follows Services of an API server before
+// Kubernetes 1.31, which refuses the field selector that leaves out headless Services.
+func TestServerWithoutFieldSelector(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var refused, watches atomic.Int64
+		var log logRecorder
+		deltas, stop := runSource(t, func(r *http.Request) (*http.Response, error) {
+			query := r.URL.Query()
+			if strings.Contains(query.Get("fieldSelector"), "spec.clusterIP") {
+				refused.Add(1)
+				return newResponse(r, http.StatusBadRequest, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"BadRequest","code":400,`+
+					`"message":"\"spec.clusterIP\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""}`), nil
+			}
+			if resourceOf(r) == "services" && query.Get("watch") != "" && query.Get("sendInitialEvents") == "" {
+				watches.Add(1)
+			}
+			return idleServer(r)
+		}, &log)
+		time.Sleep(maxRetryPause)
+		if deltas.Load() != 1 || watches.Load() != 1 || refused.Load() != 1 {
+			t.Errorf("%d Deltas, %d watches of Services and %d refused requests, want one of each", deltas.Load(), watches.Load(), refused.Load())
+		}
+		stop()
+		for text, n := range map[string]int{"can't leave out headless Services": 1, "level=": 1} {
 			if log.count(text) != n {
 				t.Errorf("log has %q %d times, want %d:\n%s", text, log.count(text), n, log.text.String())
 			}

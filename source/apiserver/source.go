@@ -12,6 +12,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -74,8 +75,7 @@ type Options struct {
 
 // Source delivers the objects of an API server.
 type Source struct {
-	nodeName   string
-	proxyName  string
+	selection  selection
 	log        *slog.Logger
 	clients    clients
 	trimmer    *trimmer
@@ -102,8 +102,7 @@ func New(opts Options) (*Source, error) {
 		return nil, err
 	}
 	s := &Source{
-		nodeName:   opts.NodeName,
-		proxyName:  opts.ServiceProxyName,
+		selection:  selection{nodeName: opts.NodeName, proxyName: opts.ServiceProxyName},
 		log:        log,
 		clients:    clients,
 		trimmer:    newTrimmer(),
@@ -385,8 +384,18 @@ func afterOrDone(ctx context.Context, d time.Duration) <-chan time.Time {
 }
 
 func (r *resourceReflector) newRequest(opts *metav1.ListOptions) *rest.Request {
-	r.resource.addSelectors(opts, r.source.nodeName, r.source.proxyName)
+	r.source.selection.addSelectors(r.resource, opts)
 	return r.source.clients[r.resource.groupVersion()].Get().Resource(string(r.resource)).VersionedParams(opts, metav1.ParameterCodec)
+}
+
+// dropFieldSelector reports whether the server refused the field selector of Services, so that the
+// request must be repeated. Later requests do without it.
+func (r *resourceReflector) dropFieldSelector(ctx context.Context, err error) bool {
+	if r.resource != services || !apierrors.IsBadRequest(err) || r.source.selection.headless.Swap(true) {
+		return false
+	}
+	r.source.log.InfoContext(ctx, "API server can't leave out headless Services, as before Kubernetes 1.31; the agent ignores them", "error", err)
+	return true
 }
 
 // onResponse records the result of a request.

@@ -120,6 +120,9 @@ func (r *resourceReflector) watch(ctx context.Context, opts metav1.ListOptions) 
 		wd.run(requestCtx)
 	}()
 	stream, err := r.newRequest(&opts).Watch(requestCtx)
+	if r.dropFieldSelector(ctx, err) {
+		stream, err = r.newRequest(&opts).Watch(requestCtx)
+	}
 	if err != nil {
 		if requestCtx.Err() != nil && ctx.Err() == nil {
 			err = fmt.Errorf("no response to the watch of %s: %w", r.resource, errTimeout)
@@ -252,7 +255,7 @@ func (w *watchdog) historyContinues(ctx context.Context) (bool, error) {
 	defer cancel()
 	newest := w.unverified.newest
 	opts := metav1.ListOptions{Limit: 1}
-	w.resource.addSelectors(&opts, w.source.nodeName, w.source.proxyName)
+	w.source.selection.addSelectors(w.resource, &opts)
 	if newest.version != "" {
 		selectors := []string{fields.OneTermEqualSelector(metav1.ObjectNameField, newest.name.Name).String()}
 		if opts.FieldSelector != "" {
@@ -341,6 +344,9 @@ func (r *resourceReflector) list(ctx context.Context, opts metav1.ListOptions) (
 	requestCtx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
 	err := r.newRequest(&opts).Do(requestCtx).Into(objects)
+	if r.dropFieldSelector(ctx, err) {
+		err = r.newRequest(&opts).Do(requestCtx).Into(objects)
+	}
 	if err != nil && requestCtx.Err() != nil && ctx.Err() == nil {
 		err = fmt.Errorf("no complete list of %s within %s: %w", r.resource, listTimeout, errTimeout)
 		if r.progress.recordSilence(true) > 1 {
