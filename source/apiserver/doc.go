@@ -8,7 +8,7 @@
 // server leave out objects that a Service proxy does not need: headless Services, Services
 // with the label service.kubernetes.io/service-proxy-name, and EndpointSlices with the
 // label service.kubernetes.io/headless. An object that gets one of these labels is
-// delivered as deleted.
+// delivered as deleted. API servers before Kubernetes 1.31 can't leave out headless Services.
 //
 // The first Delta is delivered when the lists of Services and EndpointSlices are complete;
 // the other lists are optional and delay it by at most 35 seconds. A late list or an
