@@ -190,7 +190,8 @@ func (d *disruption) workload(t *testing.T) {
 	t.Helper()
 	image := ""
 	for _, name := range d.testImages(t) {
-		if strings.Contains(name, "/agnhost:") {
+		// The list also has an agnhost that is not public.
+		if strings.HasPrefix(name, "registry.k8s.io/") && strings.Contains(name, "/agnhost:") {
 			image = name
 		}
 	}
