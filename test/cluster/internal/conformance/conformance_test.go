@@ -153,7 +153,8 @@ func TestFailedTestsRunAgain(t *testing.T) {
 	}
 	got := []any{d.Conformance[0], d.Other[0], d.Conformance[0].passed(), d.Other[0].passed()}
 	want := []any{
-		Column{Run: run, Results: map[string]Result{a.Name: PassedAlone}}, Column{Run: run, Results: map[string]Result{b.Name: Failed, c.Name: Passed}},
+		Column{Run: run, Results: map[string]Result{a.Name: PassedAlone}},
+		Column{Run: run, Results: map[string]Result{b.Name: Failed, c.Name: Passed}},
 		"1 of 1", "1 of 2",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
