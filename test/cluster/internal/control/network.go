@@ -1,11 +1,13 @@
 package control
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/test/cluster/internal/node"
 	"fairlead.io/fairlead/test/cluster/internal/topology"
@@ -51,8 +53,15 @@ func createNetwork() (*bridge, error) {
 	return b, netlink.LinkSetUp(b.link)
 }
 
-// connect connects the network namespace of a process to the bridge.
+// connect connects the network namespace of a process to the bridge, in place of an earlier process
+// of the node: the kernel removes the interface of a namespace some time after its last process has
+// ended.
 func (b *bridge) connect(n topology.Node, pid int) error {
+	if old, err := netlink.LinkByName(n.Name); err == nil {
+		if err := netlink.LinkDel(old); err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("remove interface %s: %w", n.Name, err)
+		}
+	}
 	attributes := netlink.NewLinkAttrs()
 	attributes.Name, attributes.MasterIndex = n.Name, b.link.Attrs().Index
 	veth := &netlink.Veth{LinkAttrs: attributes, PeerName: node.Interface, PeerNamespace: netlink.NsPid(pid)}

@@ -78,7 +78,8 @@ func reachable(address netip.Addr) error {
 }
 
 // TestNodesReachEachOther checks the network between nodes and the host of the control plane with
-// packets, in both families.
+// packets, in both families. The second node is connected again, as after a reboot while the kernel
+// still has the former network namespace.
 func TestNodesReachEachOther(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
@@ -99,6 +100,14 @@ func TestNodesReachEachOther(t *testing.T) {
 			}
 			if err := b.connect(n, pid); err != nil {
 				return err
+			}
+			if n.Number == 2 {
+				if pid, err = startNetwork(t); err != nil {
+					return err
+				}
+				if err := b.connect(n, pid); err != nil {
+					return err
+				}
 			}
 			if err := inNetworkOf(pid, func() error { return node.ConfigureNetwork(t.Context(), cluster, n) }); err != nil {
 				return fmt.Errorf("%s: %w", n.Name, err)
