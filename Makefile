@@ -358,7 +358,7 @@ lint: ## run golangci-lint and the prose linter, and check that go.mod is tidy
 	$(LINT) config verify
 	$(LINT) run ./...
 	cd test/cluster && go tool -modfile='$(CURDIR)/internal/tools/go.mod' golangci-lint run ./...
-	$(VALE) --output=line --glob='!{.cache,bin}/**' .
+	CGO_ENABLED=1 $(VALE) --output=line --glob='!{.cache,bin}/**' .
 	go mod tidy -diff
 	cd test/monitoring && go mod tidy -diff
 	cd test/chart && go mod tidy -diff

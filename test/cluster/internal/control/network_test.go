@@ -79,7 +79,7 @@ func reachable(address netip.Addr) error {
 
 // TestNodesReachEachOther checks the network between nodes and the host of the control plane with
 // packets, in both families. The second node is connected again, as after a reboot while the kernel
-// still has the former network namespace.
+// still has its previous network namespace.
 func TestNodesReachEachOther(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
