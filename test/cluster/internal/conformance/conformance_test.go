@@ -172,7 +172,7 @@ func TestFailedTestsRunAgain(t *testing.T) {
 	}
 	names := []string{a.Name, "[sig-network] B (a|b)"}
 	expression := regexp.MustCompile(Exactly(names))
-	for name, want := range map[string]bool{names[0]: true, names[1]: true, names[1] + " more": false, "[sig-network] B": false} {
+	for name, want := range map[string]bool{names[0]: true, names[1]: true, "Kubernetes e2e suite " + names[1]: true, names[1] + " more": false, "[sig-network] B": false} {
 		if got := expression.MatchString(name); got != want {
 			t.Errorf("expression of %q matches %q: %t", names, name, got)
 		}

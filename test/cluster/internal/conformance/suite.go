@@ -127,13 +127,14 @@ func (s *Suite) Failed() ([]string, error) {
 	return names, nil
 }
 
-// Exactly returns a regular expression that matches only these names of tests.
+// Exactly returns a regular expression that matches only these names of tests. Ginkgo matches the
+// name of the suite before them as well.
 func Exactly(names []string) string {
 	quoted := make([]string, 0, len(names))
 	for _, name := range names {
 		quoted = append(quoted, regexp.QuoteMeta(name))
 	}
-	return "^(" + strings.Join(quoted, "|") + ")$"
+	return "(^| )(" + strings.Join(quoted, "|") + ")$"
 }
 
 func readReportFile(path string) ([]Test, error) {
