@@ -57,9 +57,10 @@ from its Helm chart with the default values. [cluster.md](cluster.md) describes 
     make conformance FULL=1                 # all tests of sig-network that can run on one machine
 
 ` + "`test/cluster/internal/conformance/skipped.txt`" + ` lists the tests that FULL=1 skips, with the reason of each. A run fails if the list is not
-complete. FULL=1 also sets ` + "`nodePortAddresses`" + ` and ` + "`podLabels`" + ` in Fairlead's chart, because some tests need them. "–" means that a test was not part of the last run,
-and "pass alone" that it failed while other tests ran at the same time, for example because the machine was too busy for its time limits, and
-passed when ` + "`make conformance ARGS=-failed`" + `, with the same other variables, ran it again alone.
+complete. FULL=1 also sets ` + "`nodePortAddresses`" + ` and ` + "`podLabels`" + ` in Fairlead's chart, because some tests need them. "–" means that a test was not part of the last run.
+
+"pass alone" means that a test failed while others ran at the same time, for example because the machine was too busy for its time
+limits. It passed when it ran again alone: ` + "`make conformance ARGS=-failed`" + `, with the other variables of the run.
 `
 	conformanceHeading = "## [Conformance] tests"
 	oldestHeading      = "## [Conformance] tests of Kubernetes " + Oldest
