@@ -99,15 +99,31 @@ type ServiceSpec struct {
 	// then counts as having the node's addresses, [Node.PrimaryAddrs].
 	SourceRanges []netip.Prefix
 
-	// Scheduler is the kernel's name of the IPVS scheduler that selects endpoints, for example
-	// lc. It has 1 to [MaxSchedulerNameLen] lower-case letters, digits and underscores. If it is
-	// empty, the backend selects endpoints in its default way.
+	// Scheduler names the algorithm that selects endpoints: [RoundRobin], [SourceHash], or the
+	// kernel's name of an IPVS scheduler, for example lc. It has 1 to [MaxSchedulerNameLen]
+	// lower-case letters, digits and underscores. If it is empty, the backend selects endpoints
+	// in its default way.
 	//
-	// Only package ipvs supports schedulers. Any other backend fails a Service that names one
-	// with an error that wraps [ErrUnsupported]. The agent never passes such a Service to a
-	// backend: the backend's entry in internal/backend lists the schedulers that it supports.
+	// A backend fails a Service with a scheduler that it does not support with an error that
+	// wraps [ErrUnsupported]. The agent never passes such a Service to a backend: the backend's
+	// entry in internal/backend lists the schedulers that it supports.
 	Scheduler string
 }
+
+// Schedulers that do not depend on IPVS.
+const (
+	// RoundRobin selects the endpoints of a Service in turn. It is also the kernel's name of the
+	// IPVS scheduler.
+	RoundRobin = "rr"
+	// SourceHash selects the endpoint by a hash of the client's address, without its port. If an
+	// endpoint is removed, its clients move to the other endpoints. If one is added, it gets its
+	// share of clients from each of the others. Other clients keep their endpoint.
+	SourceHash = "source_hash"
+)
+
+// SourceHashSlots is the number of parts into which [SourceHash] divides the clients of an endpoint
+// list if the backend stores the endpoint of each part.
+const SourceHashSlots = 1024
 
 // MaxSchedulerNameLen is the maximum length of a scheduler name: the kernel's
 // IP_VS_SCHEDNAME_MAXLEN without the terminating zero byte.

@@ -122,6 +122,7 @@ func (d *Dataplane) planChanges(changes []dataplane.Change, failed map[dataplane
 		listChanges: map[dataplane.Key][]listChange{}, sharing: map[dataplane.Key]bool{},
 	}
 	changed := map[dataplane.Key]listChange{}
+	users := newTurnUsers()
 	for _, c := range changes {
 		key := c.Key()
 		var before slotAssignment
@@ -145,7 +146,7 @@ func (d *Dataplane) planChanges(changes []dataplane.Change, failed map[dataplane
 			failed[key] = err
 			continue
 		}
-		a := d.renderer.assignSlots(before, c.New)
+		a := d.assignTurns(c.New, before, d.renderer.assignSlots(before, c.New), users)
 		p.assignments[key] = a
 		r := ownedElements{key, d.render(c.New, a.slotAssignment, d.allocateListID(c.New))}
 		if list.want = r.frontendElements; r.listID != 0 || changed[key].have != nil {

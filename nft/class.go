@@ -13,8 +13,8 @@ import (
 )
 
 // serviceClass encodes how the tables handle the connections to a frontend. It is a packet
-// priority (a tc class ID, major:minor). The minor number is the number of endpoints, the
-// major number contains the bits below.
+// priority (a tc class ID, major:minor). The minor number is the number of endpoints, or of
+// slots if these are selected by hash. The major number contains the bits below.
 //
 // A timeout class represents a session affinity timeout instead. Its minor number and the
 // lowest bit of its major number contain the timeout in seconds.
@@ -35,6 +35,11 @@ const (
 	classListShard                                          // the lowest of three bits: the shard of the list ID
 
 	classTimeout serviceClass = 1 << 31 // a timeout class; classNodePort is its only other bit
+
+	// The lowest of five bits: the selection of a frontend's class, and of a class in
+	// list-sizes.
+	classSelection     = classListShard
+	classListSelection = classMasqueradeAlways
 
 	classShardMask   serviceClass = (numListShards - 1) * classListShard
 	classSizeMask    serviceClass = 1<<16 - 1
@@ -94,12 +99,29 @@ func (c serviceClass) forVirtualServer() serviceClass {
 // contains the size of the list, so a size change does not change the class.
 func (c serviceClass) forSharedList() serviceClass { return c.forVirtualServer() | classSharedList }
 
+// withSelection returns the class of a frontend whose slots are selected in this way. c has no
+// selection.
+func (c serviceClass) withSelection(s selection) serviceClass {
+	if s == selectByHash && c.size() > 0 {
+		c = c&^classSizeMask | hashSlots
+	}
+	return c | serviceClass(s)*classSelection
+}
+
+// selection returns the selection of a frontend's class.
+func (c serviceClass) selection() selection { return selection(c / classSelection % maxSelections) } //nolint:gosec // five bits
+
+// listSelection returns the selection of a class in list-sizes.
+func (c serviceClass) listSelection() selection {
+	return selection(c / classListSelection % maxSelections) //nolint:gosec // five bits
+}
+
 // shard returns the list ID's shard from a class in list-sizes.
 func (c serviceClass) shard() int { return int(c & classShardMask / classListShard) }
 
 func (c serviceClass) has(bit serviceClass) bool { return c&bit != 0 }
 
-// size returns the number of endpoints.
+// size returns the number of endpoints, or hashSlots.
 func (c serviceClass) size() int { return int(c & classSizeMask) }
 
 // timeout returns the timeout of a timeout class.
@@ -169,6 +191,7 @@ func (c serviceClass) String() string {
 			b.WriteString(bit.name)
 		}
 	}
+	b.WriteString(c.selection().suffix())
 	return b.String()
 }
 
@@ -209,7 +232,8 @@ func (v verdictElement) chainName() string {
 	case vmapDraws:
 		return "draw-" + v.String()
 	case vmapListDraws:
-		return fmt.Sprintf("list-%s-%x", v.String(), v.shard())
+		size := v.serviceClass & (classSharedList | classLocalEndpoints | classSizeMask)
+		return fmt.Sprintf("list-%s%s-%x", size, v.selection().suffix(), v.shard())
 	case vmapAffinities:
 		return "affinity-" + v.String()
 	case vmapLocalAffinities:
@@ -217,6 +241,14 @@ func (v verdictElement) chainName() string {
 	default:
 		return masqueradeChainName(v.masquerade(), v.has(classSharedList))
 	}
+}
+
+// selection returns the selection of the element's class.
+func (v verdictElement) selection() selection {
+	if v.vmap == vmapListDraws {
+		return v.listSelection()
+	}
+	return v.serviceClass.selection()
 }
 
 // hasOwnChain reports whether only this element refers to its chain. Such a chain is
@@ -244,7 +276,7 @@ func (t *table) verdictElementChain(b verdictElement) chain {
 	case vmapClasses, vmapLocalClasses:
 		rules = t.classRules(b.serviceClass)
 	case vmapDraws:
-		rules = []rule{{exprs: []expr.Any{randomSlot(b.size(), b.endpointList(), reg(0)), setPriority(reg(0))}}}
+		rules = []rule{{exprs: append(t.selectSlot(b.selection(), b.size(), b.endpointList(), 0), setPriority(reg(0)))}}
 	case vmapAffinities:
 		rules = t.affinityRules(b.serviceClass, clusterEndpoints)
 	case vmapLocalAffinities:
@@ -307,9 +339,7 @@ func (t *table) classRules(c serviceClass) []rule {
 		return append(rules, rule{exprs: []expr.Any{gotoChain(by.chainName(l.chainName("sticky")))}})
 	}
 	return append(rules,
-		rule{exprs: []expr.Any{
-			randomSlot(c.size(), l, reg(0)), setPriority(reg(0)), jumpChain(by.chainName("translate")),
-		}},
+		rule{exprs: append(t.selectSlot(c.selection(), c.size(), l, 0), setPriority(reg(0)), jumpChain(by.chainName("translate")))},
 		rule{
 			comment: "the slot went while the packet was on its way",
 			exprs:   []expr.Any{firstSlot(l, reg(0)), setPriority(reg(0)), jumpChain(by.chainName("translate"))},

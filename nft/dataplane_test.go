@@ -281,6 +281,12 @@ func randomSpec(random *rand.Rand, list []dataplane.Endpoint, address func(first
 			spec.SourceRanges = append(spec.SourceRanges, netip.PrefixFrom(a, random.IntN(a.BitLen()+1)).Masked())
 		}
 	}
+	switch n := random.IntN(20); {
+	case n == 0: // rarely, because such a Service has many elements
+		spec.Scheduler = dataplane.SourceHash
+	case n < 6:
+		spec.Scheduler = dataplane.RoundRobin
+	}
 	return spec
 }
 
@@ -316,13 +322,25 @@ func randomNode(random *rand.Rand) dataplane.Node {
 // TestGoldenRuleset compares nft's listing of the tables with golden files.
 func TestGoldenRuleset(t *testing.T) {
 	t.Parallel()
-	for name, translator := range map[string]Translator{"ruleset": nil, "ruleset-translator": virtualServers{}} {
+	for name, test := range map[string]struct {
+		translator Translator
+		services   []*dataplane.Service
+		// selectParts returns the part of the listing to compare, if it is not nil.
+		selectParts func(listing string) string
+	}{
+		"ruleset":            {nil, sampleServices(t), nil},
+		"ruleset-translator": {virtualServers{}, sampleServices(t), nil},
+		"balancing":          {nil, balancedServices(t), selectingChains},
+	} {
 		for version, binary := range nftBinaries(t) {
 			t.Run(name+"-"+version, func(t *testing.T) {
 				t.Parallel()
-				d, ns := newDataplane(t, translator)
-				mustReplace(t, d, nodeWithAllSettings(), sampleServices(t)...)
+				d, ns := newDataplane(t, test.translator)
+				mustReplace(t, d, nodeWithAllSettings(), test.services...)
 				got := runNFT(t, ns, binary, "list ruleset")
+				if test.selectParts != nil {
+					got = test.selectParts(got)
+				}
 				golden := filepath.Join("testdata", name+"-"+version+".nft")
 				if *update {
 					if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -1257,7 +1275,7 @@ func TestUnsupported(t *testing.T) {
 	t.Parallel()
 	for name, spec := range map[string]dataplane.ServiceSpec{
 		"affinity with more endpoints than IDs": {Affinity: time.Hour, Endpoints: make([]dataplane.Endpoint, maxEndpointIDs+1)},
-		"a scheduler":                           {Scheduler: "rr"},
+		"a scheduler of IPVS":                   {Scheduler: "lc"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -107,6 +107,28 @@
 // In all of these, a node port is a frontend with the unspecified address. The chains of
 // node port classes replace the address of the packet by the unspecified address.
 //
+// # Balancing
+//
+// A class also contains how the slots of its list are selected, according to
+// [dataplane.ServiceSpec].Scheduler. The maps are the same for all of them:
+//
+//	map services { elements = { 10.96.0.2 . tcp . 80 : 800:2, 10.96.0.3 . tcp . 80 : 400:400 } }
+//	chain class-2-turn-0 {         # dataplane.RoundRobin
+//	    meta priority set numgen inc mod 2 offset 4196204544 jump translate
+//	    …
+//	}
+//	chain class-1024-hash {        # dataplane.SourceHash
+//	    meta priority set jhash ip saddr mod 1024 seed 0xfa1d offset 4196204544 jump translate
+//	    …
+//	}
+//
+// The kernel's counter for numgen inc belongs to the rule. Services of one class would take turns with
+// each other, and a client that uses two of them in step would always reach the same endpoint of
+// each. So a class with round robin contains one of 30 numbers, and the Dataplane gives each
+// Service a number that no other Service with the rest of the class has. With a source hash, a list
+// always has 1,024 slots. Each has the endpoint with the highest weight, a hash of the slot and
+// the endpoint. docs/design/0017-balancing.md has the reasons.
+//
 // # Shared lists
 //
 // If a Service has 8 or more frontends of one [dataplane.Kind], one element for each frontend

@@ -10,7 +10,7 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// endpointRenderer renders tables that select an endpoint at random and translate
+// endpointRenderer renders tables that select an endpoint and translate
 // connections to it. renderer documents the methods.
 type endpointRenderer struct{}
 
@@ -18,8 +18,9 @@ func (endpointRenderer) checkSupported(s *dataplane.Service) error {
 	if s.Affinity != 0 && max(len(s.Endpoints), len(s.LocalEndpoints)) > maxEndpointIDs {
 		return fmt.Errorf("%w: session affinity with more than %d endpoints", dataplane.ErrUnsupported, maxEndpointIDs)
 	}
-	if s.Scheduler != "" {
-		return fmt.Errorf("%w: IPVS scheduler %s: nftables selects endpoints at random", dataplane.ErrUnsupported, s.Scheduler)
+	if !isSupportedScheduler(s.Scheduler) {
+		return fmt.Errorf("%w: scheduler %s: nftables selects endpoints at random, in turn (%s) or by the client's address (%s)",
+			dataplane.ErrUnsupported, s.Scheduler, dataplane.RoundRobin, dataplane.SourceHash)
 	}
 	return nil
 }
@@ -40,11 +41,17 @@ func (endpointRenderer) render(s *dataplane.Service, a slotAssignment, node data
 func (endpointRenderer) binding(r *frontendElements) dataplane.Binding { return r.binding() }
 
 func (endpointRenderer) endpointElements(s *dataplane.Service) int {
-	endpoints := len(s.Endpoints) + len(s.LocalEndpoints)
-	if s.Affinity != 0 {
-		endpoints *= 2 // by slot and by ID
+	elements := 0
+	for _, list := range [numEndpointLists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
+		n := len(list)
+		if s.Scheduler == dataplane.SourceHash && n > 0 {
+			n = hashSlots
+		}
+		if elements += n; s.Affinity != 0 {
+			elements += len(list) // by ID
+		}
 	}
-	return endpoints
+	return elements
 }
 
 func (endpointRenderer) endpointPort(addr netip.AddrPort) (uint16, bool) { return addr.Port(), true }

@@ -148,6 +148,11 @@ func randomSlot(n int, l endpointList, register uint32) expr.Any {
 	return &expr.Numgen{Register: register, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM, Offset: l.slotBase()} //nolint:gosec // a size
 }
 
+// slotInTurn returns `numgen inc mod n offset slotBase`.
+func slotInTurn(n int, l endpointList, register uint32) expr.Any {
+	return &expr.Numgen{Register: register, Modulus: uint32(n), Type: unix.NFT_NG_INCREMENTAL, Offset: l.slotBase()} //nolint:gosec // a size
+}
+
 // firstSlot returns slot 0 as `numgen random mod 1`, because nft cannot print a constant in
 // a concatenation.
 func firstSlot(l endpointList, register uint32) expr.Any { return randomSlot(1, l, register) }

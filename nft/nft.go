@@ -29,7 +29,7 @@ type Options struct {
 	Logger *slog.Logger
 	// Table is the name of both tables. The default is [TableName].
 	Table string
-	// Translator selects the endpoints. If it is nil, the tables select them at random.
+	// Translator selects the endpoints. If it is nil, the tables select them.
 	Translator Translator
 	// VirtualNetworks are the networks of the Translator's virtual servers, except for
 	// servers at the address of a frontend. Clients reach them through frontends only: the

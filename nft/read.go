@@ -577,6 +577,7 @@ func (r *frontendElements) binding() dataplane.Binding {
 	if r.class.has(classSessionAffinity) {
 		b.Affinity = r.timeoutClass.timeout()
 	}
+	b.Scheduler = r.class.selection().scheduler()
 	return b
 }
 
@@ -600,12 +601,13 @@ func (r *frontendElements) bindingExceptEndpoints() dataplane.Binding {
 
 // reachableEndpoints returns the endpoints of a list that connections of a class can reach.
 func (r *frontendElements) reachableEndpoints(l endpointList, c serviceClass) []dataplane.Endpoint {
-	slots, size, hairpins := r.slots[l].endpoints, c.size(), r.hairpins
+	slots, size, hairpins, selected := r.slots[l].endpoints, c.size(), r.hairpins, c.selection()
 	switch {
 	case c.has(classSharedList) && (r.sharedList == nil || size == 0):
 		return nil
 	case c.has(classSharedList):
 		slots, size, hairpins = r.sharedList.slots[l], r.sharedList.sizeClasses[l].size(), r.sharedList.hairpins
+		selected = r.sharedList.sizeClasses[l].listSelection()
 	case c.has(classSessionAffinity):
 		slots = r.slotAssignment()[l].slots
 	}
@@ -617,5 +619,8 @@ func (r *frontendElements) reachableEndpoints(l endpointList, c serviceClass) []
 		}
 	}
 	slices.SortFunc(all, func(x, y dataplane.Endpoint) int { return x.Addr.Compare(y.Addr) })
+	if selected == selectByHash { // an endpoint has several slots
+		all = slices.Compact(all)
+	}
 	return all
 }

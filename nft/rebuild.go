@@ -83,7 +83,7 @@ func (d *Dataplane) moveTable(ctx context.Context, i int, name string, node data
 	}
 	r := replaceOperation{
 		Dataplane: d, have: [2]*tableContent{{}, {}}, failed: map[dataplane.Key]error{},
-		assignedLists: [2]map[listID]bool{{}, {}},
+		assignedLists: [2]map[listID]bool{{}, {}}, users: newTurnUsers(),
 	}
 	for _, s := range services {
 		if familyIndex(s.Key.Family) != i || d.renderer.checkSupported(s) != nil {

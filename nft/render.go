@@ -78,6 +78,10 @@ func render(s *dataplane.Service, a slotAssignment, node dataplane.Node) *fronte
 		ranges: s.SourceRanges,
 	}
 	r.class, r.externalClass = classOf(s)
+	r.class = r.class.withSelection(a[clusterEndpoints].selection)
+	if r.inExternal {
+		r.externalClass = r.externalClass.withSelection(a[localEndpoints].selection)
+	}
 	r.addrs = addrSetMembershipOf(s.Key.Kind, r.class, r.externalClass, node)
 	for l := range numEndpointLists {
 		if s.Affinity == 0 {

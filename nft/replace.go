@@ -66,8 +66,13 @@ func (d *Dataplane) replaceServices(ctx context.Context, have [2]*tableContent, 
 			}
 		}
 	}
-	r := replaceOperation{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}}
+	r := replaceOperation{Dataplane: d, have: have, progress: progress, failed: map[dataplane.Key]error{}, users: newTurnUsers()}
 	r.assignedLists = [2]map[listID]bool{{}, {}}
+	for i := range have {
+		for _, e := range have[i].frontends {
+			r.users.add(i, e)
+		}
+	}
 	for s := range services {
 		if err := d.renderer.checkSupported(s); err != nil {
 			r.failed[s.Key] = err
@@ -209,6 +214,8 @@ type replaceOperation struct {
 	failed   map[dataplane.Key]error
 	// assignedLists contains, by table, the list IDs of this call's Services.
 	assignedLists [2]map[listID]bool
+	// users counts the users of counters in the kernel, and those of this call's Services.
+	users turnUsers
 }
 
 // addService adds a Service to the next commit, and commits when the transaction is full.
@@ -251,7 +258,8 @@ func (r *replaceOperation) commitServices(services []*dataplane.Service) error {
 	after := make([]newAssignment, len(services))
 	for n, s := range services {
 		have := r.have[familyIndex(s.Key.Family)].frontends
-		after[n] = r.renderer.assignSlots(assignmentFromKernel(s, have), s)
+		before := assignmentFromKernel(s, have)
+		after[n] = r.assignTurns(s, before, r.renderer.assignSlots(before, s), r.users)
 		want := r.render(s, after[n].slotAssignment, r.assignListID(s))
 		for _, f := range s.Frontends {
 			b.diffFrontendFromKernel(f, have[f], want)

@@ -16,7 +16,7 @@ import (
 func TestRuleComments(t *testing.T) {
 	t.Parallel()
 	listed := map[string]bool{"…": true}
-	for _, file := range []string{"ruleset-1.1.3.nft", "ruleset-translator-1.1.3.nft"} {
+	for _, file := range []string{"ruleset-1.1.3.nft", "ruleset-translator-1.1.3.nft", "balancing-1.1.3.nft"} {
 		text, err := os.ReadFile(filepath.Join("testdata", file))
 		if err != nil {
 			t.Fatal(err)

@@ -38,9 +38,19 @@ const numListShards = 8
 
 func (n listID) shard() int { return int(n % numListShards) }
 
-// sizeClass returns the value in list-sizes for a list with this number of endpoints.
-func (n listID) sizeClass(l endpointList, size int) serviceClass {
-	c := classSharedList | serviceClass(n.shard())*classListShard | serviceClass(size) //nolint:gosec // MaxEndpoints fits
+// selection returns how the slots of the list are selected. Lists of one size whose IDs are close
+// together have different counters.
+func (n listID) selection(kind selection) selection {
+	if kind == selectInTurn {
+		return turn(int(n) / numListShards)
+	}
+	return kind
+}
+
+// sizeClass returns the value in list-sizes for a list with this number of slots.
+func (n listID) sizeClass(l endpointList, size int, kind selection) serviceClass {
+	c := serviceClass(n.selection(kind))*classListSelection |
+		classSharedList | serviceClass(n.shard())*classListShard | serviceClass(size) //nolint:gosec // MaxEndpoints fits
 	if l == localEndpoints {
 		c |= classLocalEndpoints
 	}
@@ -76,7 +86,7 @@ func (r *frontendElements) moveToSharedList(s *dataplane.Service, n listID) {
 	for i, size := range sizes {
 		l.slots[i] = r.slots[i].endpoints
 		if size > 0 {
-			l.sizeClasses[i] = n.sizeClass(endpointList(i), size)
+			l.sizeClasses[i] = n.sizeClass(endpointList(i), size, r.class.selection())
 		}
 	}
 	if r.allowSelf {
@@ -325,15 +335,15 @@ func (t *table) sharedListChains(rangeBits []int) []chain {
 //		drop comment "and so did the last one: the client will try again"
 //	}
 func (t *table) listClassRules(c serviceClass) []rule {
-	translate := func(slot expr.Any) []expr.Any {
+	translate := func(slot ...expr.Any) []expr.Any {
 		return slices.Concat(
-			[]expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}, slot},
+			[]expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}}, slot,
 			t.dnatFromMap(t.sharedEndpoints[c.shard()]),
 		)
 	}
 	return []rule{
 		{exprs: []expr.Any{jumpChain("list")}},
-		{exprs: translate(randomSlot(c.size(), c.endpointList(), reg(1)))},
+		{exprs: translate(t.selectSlot(c.listSelection(), c.size(), c.endpointList(), 1)...)},
 		{comment: "the slot went while the packet was on its way", exprs: translate(firstSlot(c.endpointList(), reg(1)))},
 		{comment: "and so did the last one: the client will try again", exprs: []expr.Any{drop()}},
 	}
@@ -481,7 +491,7 @@ func (c *tableContent) parseListSize(t *table, e element) error {
 		return errUnexpectedElement
 	}
 	class, err := t.parseClass(e.Val)
-	if err != nil || class.size() == 0 || class != n.sizeClass(l, class.size()) {
+	if err != nil || class.size() == 0 || class != n.sizeClass(l, class.size(), class.listSelection().kind()) {
 		return errUnexpectedElement
 	}
 	c.sharedList(n).sizeClasses[l] = class

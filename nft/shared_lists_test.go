@@ -97,7 +97,7 @@ func TestListElementEncoding(t *testing.T) {
 				if err != nil || got != n || gotList != l || slot != 65_535 {
 					t.Errorf("list ID %d became %d, list %d, slot %d, error %v", n, got, gotList, slot, err)
 				}
-				if c := n.sizeClass(l, 300); c.size() != 300 || c.shard() != n.shard() || c.endpointList() != l {
+				if c := n.sizeClass(l, 300, selectRandom); c.size() != 300 || c.shard() != n.shard() || c.endpointList() != l {
 					t.Errorf("size class of list ID %d is %s", n, c)
 				}
 			}

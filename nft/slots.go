@@ -50,6 +50,8 @@ type slotAssignment [numEndpointLists]listAssignment
 type listAssignment struct {
 	slots []netip.AddrPort
 	ids   []endpointID // by slot; nil without affinity
+	// selection says how a slot is selected.
+	selection selection
 }
 
 // newAssignment is a new slot assignment. mustStore is set if it differs from the
@@ -72,7 +74,11 @@ func (d *Dataplane) slotAssignmentFor(s *dataplane.Service) slotAssignment {
 func assignServiceSlots(current slotAssignment, s *dataplane.Service) slotAssignment {
 	var a slotAssignment
 	for l, want := range [numEndpointLists][]dataplane.Endpoint{s.Endpoints, s.LocalEndpoints} {
-		a[l].slots = assignSlots(current[l].slots, want)
+		if a[l].selection = selectionOf(s.Scheduler); a[l].selection == selectByHash {
+			a[l].slots = assignHashSlots(want)
+		} else {
+			a[l].slots = assignSlots(current[l].slots, want)
+		}
 		if s.Affinity != 0 {
 			a[l].ids = assignEndpointIDs(endpointList(l), current[l], a[l].slots)
 		}
@@ -83,7 +89,8 @@ func assignServiceSlots(current slotAssignment, s *dataplane.Service) slotAssign
 // isInitial reports whether assignServiceSlots computes the same assignment without a
 // current one.
 func (a slotAssignment) isInitial(s *dataplane.Service) bool {
-	if !isInitialOrder(a[clusterEndpoints].slots, s.Endpoints) || !isInitialOrder(a[localEndpoints].slots, s.LocalEndpoints) {
+	hashed := s.Scheduler == dataplane.SourceHash // such slots depend on the endpoints only
+	if !hashed && (!isInitialOrder(a[clusterEndpoints].slots, s.Endpoints) || !isInitialOrder(a[localEndpoints].slots, s.LocalEndpoints)) {
 		return false
 	}
 	if s.Affinity == 0 {
@@ -100,6 +107,7 @@ func (a slotAssignment) isInitial(s *dataplane.Service) bool {
 // slotAssignment returns the slot assignment of a frontend that was read from the kernel.
 func (r *frontendElements) slotAssignment() slotAssignment {
 	var a slotAssignment
+	a[clusterEndpoints].selection, a[localEndpoints].selection = r.class.selection(), r.externalClass.selection()
 	for l := range numEndpointLists {
 		a[l].slots = r.slots[l].endpoints
 		if r.class.has(classSharedList) && r.sharedList != nil {
@@ -215,7 +223,7 @@ func assignEndpointIDs(l endpointList, current listAssignment, in []netip.AddrPo
 			for n = preferredEndpointID(l, addr); used[n]; {
 				n += endpointID(numEndpointLists)
 			}
-			used[n] = true
+			idByAddr[addr], used[n] = n, true // an endpoint can have several slots
 		}
 		ids[i] = n
 	}

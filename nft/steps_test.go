@@ -114,8 +114,9 @@ func (o *observer) checkFrontend(got dataplane.State, f dataplane.Frontend) erro
 		return fmt.Errorf("incomplete during deletion: %s, want %s", binding.ServiceSpec, oldBinding.ServiceSpec)
 	}
 	for _, spec := range []dataplane.ServiceSpec{oldBinding.ServiceSpec, newBinding.ServiceSpec} {
-		if stripLists(binding.ServiceSpec).Equal(stripLists(spec)) && len(binding.Endpoints) == len(spec.Endpoints) &&
-			len(binding.LocalEndpoints) == len(spec.LocalEndpoints) &&
+		hashed := usesHash(oldBinding.ServiceSpec, newBinding.ServiceSpec)
+		if stripLists(binding.ServiceSpec).Equal(stripLists(spec)) && hasLength(binding.Endpoints, spec.Endpoints, hashed) &&
+			hasLength(binding.LocalEndpoints, spec.LocalEndpoints, hashed) &&
 			containsAll(binding.Endpoints, oldBinding.Endpoints, newBinding.Endpoints) && containsAll(binding.LocalEndpoints, oldBinding.LocalEndpoints, newBinding.LocalEndpoints) &&
 			!slices.ContainsFunc(spec.SourceRanges, func(p netip.Prefix) bool {
 				return slices.Contains(oldBinding.SourceRanges, p) && slices.Contains(newBinding.SourceRanges, p) && !slices.Contains(binding.SourceRanges, p)
@@ -150,12 +151,42 @@ func (o *observer) matchesSharedLists(got, oldBinding, newBinding dataplane.Bind
 			allowed = append(allowed, list(t)...)
 		}
 		return slices.ContainsFunc(all, func(t dataplane.ServiceSpec) bool {
-			return len(endpoints) == len(list(t)) && containsAll(endpoints, allowed)
+			return hasLength(endpoints, list(t), usesHash(append(specs, all...)...)) && containsAll(endpoints, allowed)
 		})
 	}
 	return slices.ContainsFunc(specs, func(t dataplane.ServiceSpec) bool { return stripLists(got.ServiceSpec).Equal(stripLists(t)) }) &&
 		listMatches(func(t dataplane.ServiceSpec) []dataplane.Endpoint { return t.Endpoints }) &&
 		(!got.ExternalTrafficPolicyLocal || listMatches(func(t dataplane.ServiceSpec) []dataplane.Endpoint { return t.LocalEndpoints }))
+}
+
+// stepSize returns the number of elements of a step for a random change. Each slot of a source hash
+// is an element, so such Services need larger steps. Only some of the changes contain them.
+func stepSize(seed uint64, have, want []*dataplane.Service) int {
+	const small, large = 6, 300
+	for i, s := range want {
+		switch {
+		case seed%4 == 2 && i == 0:
+			s.Scheduler = dataplane.SourceHash
+		case seed%4 != 2 && s.Scheduler == dataplane.SourceHash:
+			s.Scheduler = ""
+		}
+	}
+	if slices.ContainsFunc(slices.Concat(have, want), func(s *dataplane.Service) bool { return usesHash(s.ServiceSpec) }) {
+		return large
+	}
+	return small
+}
+
+// hasLength reports whether a list has the number of endpoints of another list. The slots of a
+// source hash change one after another, and each has an endpoint from before or after. So the
+// number differs meanwhile, but there are endpoints.
+func hasLength(list, want []dataplane.Endpoint, hashed bool) bool {
+	return len(list) == len(want) || hashed && len(list) > 0 && len(want) > 0
+}
+
+// usesHash reports whether the endpoints of a ServiceSpec are selected by a source hash.
+func usesHash(specs ...dataplane.ServiceSpec) bool {
+	return slices.ContainsFunc(specs, func(t dataplane.ServiceSpec) bool { return t.Scheduler == dataplane.SourceHash })
 }
 
 // stripLists returns the part of a ServiceSpec that changes atomically.
@@ -228,6 +259,7 @@ func testStepOrder(t *testing.T, translator Translator) {
 		if seed%4 == 3 {
 			want = nil
 		}
+		d.transactionSize = stepSize(seed, have, want)
 		o.old, o.new = expectedState(d, have), expectedState(d, want)
 		if seed%2 == 0 {
 			mustReplace(t, d, nodeWithPodCIDRs(), want...)
@@ -258,6 +290,7 @@ func TestInterruptedCommits(t *testing.T) {
 		random := rand.New(rand.NewPCG(seed, 9))
 		want := randomServices(t, random, 6)
 		o := observeCommits(t, d, ns)
+		d.transactionSize = stepSize(seed, have, want)
 		o.old, o.new = dataplane.StateOf(slices.Values(have)), dataplane.StateOf(slices.Values(want))
 		at, what := random.IntN(30), []fault{rejectElement, rejectCommit, loseAck}[random.IntN(3)]
 		failed := false

@@ -63,7 +63,7 @@ func BoundAddressOf(k dataplane.Key) (netip.Addr, bool) {
 // VirtualBinding is the state of one frontend in tables with a Translator. Index 0 of its
 // arrays is for Endpoints, index 1 for LocalEndpoints.
 type VirtualBinding struct {
-	// Binding is set except for Endpoints, LocalEndpoints and Affinity.
+	// Binding is set except for Endpoints, LocalEndpoints, Affinity and Scheduler.
 	dataplane.Binding
 	// Served reports whether connections go to a virtual server. If not, they are refused.
 	Served [2]bool

@@ -60,7 +60,7 @@ func translatorOf(d *Dataplane) Translator {
 // expectedVirtualBinding returns the VirtualBinding for each frontend of a Service.
 func expectedVirtualBinding(s *dataplane.Service) VirtualBinding {
 	r := VirtualBinding{Binding: dataplane.Binding{Service: s.Key.Service(), ServiceSpec: s.ServiceSpec}}
-	r.Endpoints, r.LocalEndpoints, r.Affinity = nil, nil, 0
+	r.Endpoints, r.LocalEndpoints, r.Affinity, r.Scheduler = nil, nil, 0, ""
 	r.Served = [2]bool{len(s.Endpoints) > 0, len(s.LocalEndpoints) > 0}
 	cluster, local := virtualServers{}.VirtualServers(s)
 	r.Virtual[0] = cluster
@@ -82,7 +82,7 @@ func expectedState(d *Dataplane, services []*dataplane.Service) dataplane.State 
 	state := dataplane.StateOf(slices.Values(services))
 	if translatorOf(d) != nil {
 		for f, b := range state {
-			b.Endpoints, b.LocalEndpoints, b.Affinity = nil, nil, 0
+			b.Endpoints, b.LocalEndpoints, b.Affinity, b.Scheduler = nil, nil, 0, ""
 			state[f] = b
 		}
 	}

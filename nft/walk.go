@@ -60,7 +60,7 @@ const (
 	DecideList        Decision = "endpoint-list" // whether the client gets the cluster or the local list
 	DecideAffinity    Decision = "affinity"      // the endpoint that the rules remember for the client
 	DecideRefused     Decision = "refused"       // the connection is rejected or dropped
-	DecideEndpoint    Decision = "endpoint"      // the endpoints or virtual servers that can be selected
+	DecideEndpoint    Decision = "endpoint"      // how an endpoint is selected, unless at random
 	DecideBalancer    Decision = "balancer"      // the destinations of the virtual server
 	DecideHairpin     Decision = "hairpin"       // whether a pod connects to itself
 	DecideMasquerade  Decision = "masquerade"    // whether the source address is replaced
@@ -90,8 +90,8 @@ const (
 	Dropped    WalkVerdict = "dropped"
 )
 
-// Outcome is a possible result for a connection. If rules select an endpoint at random, there is
-// one Outcome for each endpoint.
+// Outcome is a possible result for a connection. If rules select an endpoint at random or in turn,
+// there is one Outcome for each endpoint.
 type Outcome struct {
 	Verdict WalkVerdict `json:"verdict"`
 	// Endpoint is set if the Verdict is Translated. VirtualServer is the address of the IPVS
@@ -125,8 +125,8 @@ type Walk struct {
 const maxBranches = dataplane.MaxEndpoints
 
 // WalkRendered evaluates the rules that Replace and Apply would program for these Services, on a
-// packet. It needs no kernel. It ignores [dataplane.ServiceSpec].Scheduler and evaluates rules
-// without a Translator.
+// packet. It needs no kernel. It evaluates rules without a Translator, and ignores a
+// [dataplane.ServiceSpec].Scheduler that only a Translator supports.
 func WalkRendered(host Host, p Packet, node dataplane.Node, services []*dataplane.Service) (*Walk, error) {
 	t := Options{}.newTables(TableName)[familyIndex(dataplane.FamilyOf(p.Destination.Addr()))]
 	return walk(t, renderRuleset(t, node, services), host, p)
@@ -565,7 +565,12 @@ func (b *branch) eval(e expr.Any) (verdict, string, error) {
 		b.load(e.Register, binary.NativeEndian.AppendUint32(nil, typ))
 	case *expr.Numgen:
 		n := uint32(b.draw(int(e.Modulus))) //nolint:gosec // less than the modulus
+		if e.Type == unix.NFT_NG_INCREMENTAL && e.Modulus > 1 {
+			b.step(DecideEndpoint, "the rules select one endpoint after another, in turn")
+		}
 		b.load(e.Register, binary.NativeEndian.AppendUint32(nil, e.Offset+n))
+	case *expr.Hash:
+		return b.evalHash(e)
 	case *expr.Lookup:
 		return b.evalLookup(e)
 	case *expr.Dynset:

@@ -158,7 +158,7 @@ func renderRuleset(t *table, node dataplane.Node, services []*dataplane.Service)
 	d.resetState()
 	changes := make([]dataplane.Change, 0, len(services))
 	for _, s := range services {
-		if s.Scheduler != "" {
+		if !isSupportedScheduler(s.Scheduler) {
 			plain := *s
 			plain.Scheduler = ""
 			s = &plain

@@ -27,6 +27,9 @@ type Limitations struct {
 	// Services loses the first connection when both reach the same endpoint. The suite's
 	// clients then never reuse a source port.
 	NeedUniquePorts bool
+	// HashMovesMore is set if clients of other endpoints may move as well when an endpoint of
+	// [dataplane.SourceHash] is removed or added.
+	HashMovesMore bool
 }
 
 // Run runs the suite. Each test has its own network, and most tests run in parallel.
@@ -43,6 +46,9 @@ func RunExplained(t *testing.T, open Opener, limits Limitations, explain Explain
 	t.Run("Service with 1000 endpoints", s.testManyEndpoints)
 	t.Run("connections reach all endpoints", s.testConnectivity)
 	t.Run("endpoints are chosen evenly", s.testDistribution)
+	t.Run("endpoints are chosen in turn", s.testRoundRobin)
+	t.Run("endpoints are chosen by the client's address", s.testSourceHash)
+	t.Run("balancing with session affinity", s.testBalancingWithAffinity)
 	t.Run("clients outside the pod network are masqueraded", s.testMasqueradeOffCluster)
 	t.Run("connections without endpoints are rejected", s.testNoEndpoints)
 	t.Run("connections without endpoints are dropped", s.testDropWithoutEndpoints)
