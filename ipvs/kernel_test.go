@@ -48,7 +48,7 @@ func TestExplanations(t *testing.T) {
 }
 
 func limitations() dataplanetest.Limitations {
-	return dataplanetest.Limitations{AffinityOutlivesTimeout: true, NeedUniquePorts: true}
+	return dataplanetest.Limitations{AffinityOutlivesTimeout: true, NeedUniquePorts: true, HashMovesMore: true}
 }
 
 // topology is a network whose node has a Dataplane. Its moby handle changes and reads IPVS as
@@ -843,7 +843,7 @@ func TestSchedulers(t *testing.T) {
 	t.Parallel()
 	n := newTopology(t, Options{}, 2)
 	n.replace()
-	for _, name := range Schedulers() {
+	for _, name := range append(Schedulers(), dataplane.SourceHash) { // mh comes before
 		s := n.web(dataplane.TCP, 0, 1)
 		if name != DefaultScheduler {
 			s.Scheduler = name
@@ -859,6 +859,9 @@ func TestSchedulers(t *testing.T) {
 			}
 		}
 		n.apply(s)
+		if name == dataplane.SourceHash {
+			name = maglev
+		}
 		n.expectDump("10.96.0.1:80", fmt.Sprintf("TCP %s %s:8080=1 %s:8080=1", name, n.pods[0].IPv4, n.pods[1].IPv4))
 		for range 3 {
 			if _, err := n.Outside.Connect(t.Context(), nettest.TCP, clusterIP); err != nil {

@@ -77,7 +77,7 @@ func serverKeys(f dataplane.Frontend, rule nft.VirtualBinding) [endpointLists]se
 // whose lists have these destinations.
 func bindingOf(rule nft.VirtualBinding, set settings, destinations [endpointLists]map[netip.AddrPort]destination) dataplane.Binding {
 	b := rule.Binding
-	b.Scheduler = set.scheduler
+	b.Scheduler = schedulerOf(set)
 	if set.flags&flagPersistent != 0 {
 		b.Affinity = time.Duration(set.timeout) * time.Second
 	}

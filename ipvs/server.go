@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/internal/kmod"
 )
 
 // serverKey identifies a virtual server in the kernel.
@@ -66,10 +67,43 @@ func settingsFor(s *dataplane.Service, scheduler string) settings {
 	if set.timeout != 0 {
 		set.flags |= flagPersistent
 	}
-	if scheduler == "mh" {
-		set.flags |= flagSched2 // mh-port: hash the client's port too, as kube-proxy does
+	switch scheduler {
+	case maglev:
+		set.flags |= flagSched1 | flagSched2 // mh-port: hash the client's port too, as kube-proxy does
+	case dataplane.SourceHash:
+		set.scheduler = maglev
+		set.flags |= flagSched1
+	case sourceHashing:
+		set.flags |= flagSched1
 	}
 	return set
+}
+
+// The kernel's schedulers that hash addresses. A destination with weight 0 stays in their tables, and
+// the kernel refuses its clients unless flagSched1 (sh-fallback, mh-fallback) is set; then it selects
+// another destination (net/netfilter/ipvs/ip_vs_sh.c and ip_vs_mh.c).
+const (
+	maglev        = "mh" // Maglev's consistent hashing
+	sourceHashing = "sh"
+)
+
+// schedulerOf returns the [dataplane.ServiceSpec].Scheduler of a virtual server with these
+// settings.
+func schedulerOf(set settings) string {
+	if set.scheduler == maglev && set.flags&flagSched2 == 0 {
+		return dataplane.SourceHash
+	}
+	return set.scheduler
+}
+
+// SourceHashScheduler returns the [dataplane.ServiceSpec].Scheduler that selects endpoints by the
+// client's address: [dataplane.SourceHash], or sh on a kernel without the module ip_vs_mh. With sh,
+// most clients move to another endpoint when endpoints change.
+func SourceHashScheduler() string {
+	if kmod.Exists("ip_vs_" + maglev) {
+		return dataplane.SourceHash
+	}
+	return sourceHashing
 }
 
 // endpointList selects one of the endpoint lists of a Service.

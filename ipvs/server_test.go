@@ -52,6 +52,12 @@ func rendered(d *Dataplane, services ...*dataplane.Service) []string {
 			if vs.flags&flagPersistent != 0 {
 				line += fmt.Sprintf(" persistent %d", vs.timeout)
 			}
+			if vs.flags&flagSched1 != 0 {
+				line += " fallback"
+			}
+			if vs.flags&flagSched2 != 0 {
+				line += " mh-port"
+			}
 			for _, e := range vs.endpoints {
 				line += " " + e.Addr.String()
 			}
@@ -104,6 +110,21 @@ func TestRender(t *testing.T) {
 			"scheduler of the Service", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
 				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080"), Scheduler: "lc"}),
 			[]string{"10.96.0.1:80/TCP lc 10.0.0.1:8080"},
+		},
+		{
+			"Maglev hashes the client's port as well, as with kube-proxy", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080"), Scheduler: "mh"}),
+			[]string{"10.96.0.1:80/TCP mh fallback mh-port 10.0.0.1:8080"},
+		},
+		{
+			"source hashing uses other endpoints while one drains", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080"), Scheduler: "sh"}),
+			[]string{"10.96.0.1:80/TCP sh fallback 10.0.0.1:8080"},
+		},
+		{
+			"a source hash is of the client's address only", service(t, dataplane.ClusterIP, "web", "10.96.0.1:80/TCP",
+				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:8080"), Scheduler: dataplane.SourceHash}),
+			[]string{"10.96.0.1:80/TCP mh fallback 10.0.0.1:8080"},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -227,6 +248,17 @@ func TestExcludedClusterIPs(t *testing.T) {
 	} {
 		if err := d.checkSupported(service(t, tt.kind, "web", tt.frontend, dataplane.ServiceSpec{})); (err != nil) != tt.refused {
 			t.Errorf("%s %s: error %v, want one: %t", tt.kind, tt.frontend, err, tt.refused)
+		}
+	}
+}
+
+// TestSchedulerOf checks that Read returns the scheduler that was programmed.
+func TestSchedulerOf(t *testing.T) {
+	t.Parallel()
+	for _, name := range append(Schedulers(), dataplane.SourceHash) {
+		set := settingsFor(&dataplane.Service{ServiceSpec: dataplane.ServiceSpec{Scheduler: name, Affinity: time.Hour}}, DefaultScheduler)
+		if got := schedulerOf(set); got != name {
+			t.Errorf("scheduler %s is read as %s", name, got)
 		}
 	}
 }

@@ -27,6 +27,25 @@ func Load(modules ...string) error {
 	return l.load(modules)
 }
 
+// Exists reports whether a module is loaded or built in, or can be loaded from the modules'
+// directory.
+func Exists(module string) bool {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return false
+	}
+	l := loader{root: "/", release: unix.ByteSliceToString(name.Release[:]), syscalls: linuxSyscalls{}}
+	return l.exists(moduleName(module))
+}
+
+func (l *loader) exists(name string) bool {
+	if l.isLoaded(name) {
+		return true
+	}
+	dir, err := openModuleDir(l.root, l.release)
+	return err == nil && (dir.builtIn[name] || dir.files[name] != "")
+}
+
 // loader loads modules into a kernel.
 type loader struct {
 	root     string // the directory that contains lib/modules, sys and proc

@@ -362,3 +362,21 @@ func TestErrors(t *testing.T) {
 		})
 	}
 }
+
+// TestExists checks modules that are loaded, built in, in the modules' directory, or missing.
+func TestExists(t *testing.T) {
+	t.Parallel()
+	host := ipvsHost(fakeHost{"sys/module/loaded/initstate": "live\n", "sys/module/loading/initstate": "coming\n"})
+	l := loader{root: host.write(t, "lib/modules"), release: release, syscalls: &fakeKernel{}}
+	for name, want := range map[string]bool{
+		"loaded": true, "loading": false, "br_netfilter": true, "sch_dash": true, "ip_vs_rr": true, "ip_vs_mh": false,
+	} {
+		if got := l.exists(name); got != want {
+			t.Errorf("%s exists: %t, want %t", name, got, want)
+		}
+	}
+	l.root = t.TempDir()
+	if l.exists("ip_vs_rr") {
+		t.Error("ip_vs_rr exists without a modules' directory")
+	}
+}
