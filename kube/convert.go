@@ -68,6 +68,7 @@ func convertAndRecord(svc *corev1.Service, endpointSlices []*endpointSlice, loc 
 		name:       types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name},
 		location:   loc,
 		schedulers: opts.Schedulers,
+		balancing:  opts.Balancing,
 		recorder:   r,
 	}
 	policy := c.policy()
@@ -116,6 +117,7 @@ type conversion struct {
 	name       types.NamespacedName
 	location   location
 	schedulers []string
+	balancing  Balancing
 	problems   []Problem
 
 	unmatchedPorts []unmatchedPort

@@ -67,9 +67,14 @@
 // family opens the Service to that family. A family without ranges is open too, unless a range
 // that may belong to it is invalid; then no client of that family is allowed.
 //
-// The annotation fairlead.io/ipvs-scheduler selects the IPVS scheduler for all frontends of the
-// Service. If the backend does not have this scheduler, or any schedulers, a problem is reported
-// and the default is used.
+// The annotation fairlead.io/balancing selects how connections are distributed, for all frontends of
+// the Service: random, round-robin, source-hash or least-connections. If the backend does not support
+// the value, a problem is reported and the default is used.
+//
+// The annotation fairlead.io/ipvs-scheduler selects the IPVS scheduler by the kernel's name, and takes
+// precedence with IPVS. If the backend does not have this scheduler, a problem is reported and the
+// default is used. A backend without schedulers reports a problem unless the Service has the other
+// annotation as well.
 //
 // # Conflicts
 //

@@ -90,14 +90,22 @@ func (l *limit) countFrontends(c *conversion, p *portFamily, kind dataplane.Kind
 }
 
 // countElements returns the number of elements for the frontends of one kind of a port. With
-// session affinity each frontend has its own elements for every endpoint.
+// session affinity each frontend has its own elements for every endpoint. With a source hash, a list
+// has at least [dataplane.SourceHashSlots] elements.
 func (l *limit) countElements(c *conversion, p *portFamily, kind dataplane.Kind) int {
 	frontends := l.countFrontends(c, p, kind)
 	if frontends == 0 {
 		return 0
 	}
 	t := l.policy.spec(kind, p.chosen)
-	endpoints := len(t.Endpoints) + len(t.LocalEndpoints)
+	endpoints := 0
+	for _, list := range [][]dataplane.Endpoint{t.Endpoints, t.LocalEndpoints} {
+		n := len(list)
+		if n > 0 && t.Scheduler == dataplane.SourceHash {
+			n = max(n, dataplane.SourceHashSlots)
+		}
+		endpoints += n
+	}
 	if t.Affinity != 0 {
 		endpoints *= 2 * frontends
 	}

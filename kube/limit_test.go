@@ -63,10 +63,11 @@ func TestLimit(t *testing.T) {
 		{"2,000 ports and external IPs", hugeService(2000, 2000, 10), 2000, 2000 * ((maxElements - 2000*11) / 2010)},
 		{"too many endpoints", hugeService(3000, 1, 1000), maxElements / 1001, 0},
 		{"affinity", hugeService(100, 200, 100, withAffinity), 100, 200 * ((maxElements - 100*201) / (200 + 2*200*100))},
+		{"source hash", hugeService(300, 1, 10, balancing(BalanceSourceHash)), maxElements / (1 + dataplane.SourceHashSlots), 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			tracker := NewTracker(Options{})
+			tracker := NewTracker(Options{Balancing: Balancing{Schedulers: map[string]string{BalanceSourceHash: dataplane.SourceHash}}})
 			got := tracker.Apply(tt.delta)
 			total, frontends := countElements(got.Changes)
 			if frontends[dataplane.ClusterIP] != tt.cluster || frontends[dataplane.ExternalIP] != tt.external {

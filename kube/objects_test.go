@@ -217,8 +217,19 @@ func timeout(seconds int32) func(*corev1.Service) {
 }
 
 // scheduler selects an IPVS scheduler.
+func balancing(value string) func(*corev1.Service) { return annotation(AnnotationBalancing, value) }
+
+func annotation(name, value string) func(*corev1.Service) {
+	return func(svc *corev1.Service) {
+		if svc.Annotations == nil {
+			svc.Annotations = map[string]string{}
+		}
+		svc.Annotations[name] = value
+	}
+}
+
 func scheduler(name string) func(*corev1.Service) {
-	return func(svc *corev1.Service) { svc.Annotations = map[string]string{AnnotationIPVSScheduler: name} }
+	return annotation(AnnotationIPVSScheduler, name)
 }
 
 // newNode returns the Node "here" with the given InternalIPs, modified by changes.

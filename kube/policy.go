@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"cmp"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -13,6 +15,37 @@ import (
 // AnnotationIPVSScheduler is the Service annotation that selects an IPVS scheduler by its kernel
 // name.
 const AnnotationIPVSScheduler = "fairlead.io/ipvs-scheduler"
+
+// AnnotationBalancing is the Service annotation that selects how connections are distributed over
+// the endpoints, independently of the backend. Its values are the constants below.
+const AnnotationBalancing = "fairlead.io/balancing"
+
+// Values of [AnnotationBalancing].
+const (
+	// BalanceRandom selects a random endpoint for each connection.
+	BalanceRandom = "random"
+	// BalanceRoundRobin selects the endpoints in turn.
+	BalanceRoundRobin = "round-robin"
+	// BalanceSourceHash selects the endpoint by the client's address. Few clients move to
+	// another endpoint when endpoints change.
+	BalanceSourceHash = "source-hash"
+	// BalanceLeastConnections selects the endpoint with the fewest connections.
+	BalanceLeastConnections = "least-connections"
+)
+
+// balancings returns the values of AnnotationBalancing, sorted.
+func balancings() []string {
+	return []string{BalanceLeastConnections, BalanceRandom, BalanceRoundRobin, BalanceSourceHash}
+}
+
+// Balancing describes which values of [AnnotationBalancing] a backend supports.
+type Balancing struct {
+	// Schedulers contains the [dataplane.ServiceSpec].Scheduler for each supported value.
+	Schedulers map[string]string
+	// Default names what selects the endpoints of a Service whose value is not supported, for
+	// messages to the user.
+	Default string
+}
 
 // policy contains the settings of a Service that apply to every port.
 type policy struct {
@@ -79,11 +112,14 @@ func (c *conversion) affinity() time.Duration {
 	return time.Duration(seconds) * time.Second
 }
 
-// scheduler returns the scheduler that the Service's annotation selects.
+// scheduler returns the scheduler that the Service's annotations select. With IPVS,
+// AnnotationIPVSScheduler takes precedence over AnnotationBalancing, because it is more specific.
 func (c *conversion) scheduler() string {
-	name := c.service.Annotations[AnnotationIPVSScheduler]
+	name, balancing := c.service.Annotations[AnnotationIPVSScheduler], c.service.Annotations[AnnotationBalancing]
 	const field = "metadata.annotations[" + AnnotationIPVSScheduler + "]"
 	switch {
+	case balancing != "" && (name == "" || len(c.schedulers) == 0):
+		return c.balancingScheduler(balancing)
 	case name == "":
 	case len(c.schedulers) == 0:
 		c.addProblem(field, "%q has no effect, because this node does not use the ipvs mode: remove the annotation, or run Fairlead with --mode=ipvs", name)
@@ -92,6 +128,25 @@ func (c *conversion) scheduler() string {
 	default:
 		return name
 	}
+	return ""
+}
+
+// balancingScheduler returns the scheduler for a value of AnnotationBalancing.
+func (c *conversion) balancingScheduler(value string) string {
+	scheduler, ok := c.balancing.Schedulers[value]
+	if ok {
+		return scheduler
+	}
+	problem := "is not a kind of balancing"
+	if slices.Contains(balancings(), value) {
+		problem = "is not possible in the mode of this node"
+	}
+	fix := "remove the annotation"
+	if len(c.balancing.Schedulers) > 0 {
+		fix = "set it to one of " + strings.Join(slices.Sorted(maps.Keys(c.balancing.Schedulers)), ", ")
+	}
+	c.addProblem("metadata.annotations["+AnnotationBalancing+"]", "%q %s, so %s is used: %s",
+		value, problem, cmp.Or(c.balancing.Default, "the default"), fix)
 	return ""
 }
 

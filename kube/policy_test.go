@@ -272,6 +272,108 @@ func TestScheduler(t *testing.T) {
 	}
 }
 
+// TestBalancing checks the annotation that selects the balancing, and which annotation takes
+// precedence.
+func TestBalancing(t *testing.T) {
+	t.Parallel()
+	const (
+		cluster = "default/web:http IPv4"
+		field   = "default/web: metadata.annotations[fairlead.io/balancing]: "
+	)
+	web := func(changes ...func(*corev1.Service)) Delta {
+		return Delta{Services: one(newService("web", "10.96.0.1", changes...))}
+	}
+	at := func(text string) want { return want{cluster: "10.96.0.1:80/TCP ->" + text} }
+	rules := Options{NodeName: "here", Balancing: Balancing{
+		Default: "random", Schedulers: map[string]string{"random": "", "round-robin": "rr", "source-hash": "source_hash"},
+	}}
+	ipvs := Options{NodeName: "here", Schedulers: []string{"lc", "mh", "rr"}, Balancing: Balancing{
+		Default: "--ipvs-scheduler", Schedulers: map[string]string{"round-robin": "", "source-hash": "source_hash", "least-connections": "lc"},
+	}}
+	for _, tt := range []struct {
+		name    string
+		options Options
+		steps   []step
+	}{
+		{"it applies to every kind of frontend, in both families", rules, []step{{
+			delta: Delta{Services: one(newService("web", "10.96.0.1 fd00::1", ingress("192.0.2.1"), nodePorts(30080), externalIPs("192.0.2.2"), balancing("source-hash")))},
+			want: want{
+				cluster:                              "10.96.0.1:80/TCP ->, scheduler source_hash",
+				"default/web:http IPv6":              "[fd00::1]:80/TCP ->, scheduler source_hash",
+				"default/web:http IPv4 NodePort":     "0.0.0.0:30080/TCP ->, masquerade always, scheduler source_hash",
+				"default/web:http IPv6 NodePort":     "[::]:30080/TCP ->, masquerade always, scheduler source_hash",
+				"default/web:http IPv4 ExternalIP":   "192.0.2.2:80/TCP ->, masquerade always, scheduler source_hash",
+				"default/web:http IPv4 LoadBalancer": "192.0.2.1:80/TCP ->, masquerade always, scheduler source_hash",
+			},
+		}}},
+		{"with session affinity", rules, []step{{delta: web(timeout(60), balancing("round-robin")), want: at(", affinity 1m0s, scheduler rr")}}},
+		{"changes take effect immediately", rules, []step{
+			{name: "none", delta: web(), want: at("")},
+			{name: "one", delta: web(balancing("round-robin")), want: at(", scheduler rr")},
+			{name: "another", delta: web(balancing("source-hash")), want: at(", scheduler source_hash")},
+			{name: "the default by its name", delta: web(balancing("random")), want: at("")},
+			{name: "an empty value", delta: web(balancing("")), want: want{}},
+		}},
+		{"an unknown or impossible value is reported until it is fixed", rules, []step{
+			{
+				name: "unknown", delta: web(balancing("Random")), want: at(""),
+				problems: []string{field + `"Random" is not a kind of balancing, so random is used: set it to one of random, round-robin, source-hash`},
+			},
+			{name: "the same", delta: web(balancing("Random")), want: want{}},
+			{
+				name: "impossible", delta: web(balancing("least-connections")), want: want{},
+				problems: []string{field + `"least-connections" is not possible in the mode of this node, so random is used: set it to one of random, round-robin, source-hash`},
+			},
+			{name: "possible", delta: web(balancing("round-robin")), want: at(", scheduler rr")},
+		}},
+		{"IPVS: the scheduler of the value", ipvs, []step{
+			{name: "least connections", delta: web(balancing("least-connections")), want: at(", scheduler lc")},
+			{name: "source hash", delta: web(balancing("source-hash")), want: at(", scheduler source_hash")},
+			{name: "the node's default", delta: web(balancing("round-robin")), want: at("")},
+			{
+				name: "impossible", delta: web(balancing("random")), want: want{},
+				problems: []string{field + `"random" is not possible in the mode of this node, so --ipvs-scheduler is used: set it to one of least-connections, round-robin, source-hash`},
+			},
+		}},
+		{"IPVS: the scheduler's annotation takes precedence", ipvs, []step{
+			{name: "both", delta: web(balancing("least-connections"), scheduler("mh")), want: at(", scheduler mh")},
+			{name: "with a value that is not possible", delta: web(balancing("random"), scheduler("mh")), want: want{}},
+			{name: "an empty name", delta: web(balancing("least-connections"), scheduler("")), want: at(", scheduler lc")},
+			{
+				name: "an unknown scheduler", delta: web(balancing("least-connections"), scheduler("leastconn")), want: at(""),
+				problems: []string{`default/web: metadata.annotations[fairlead.io/ipvs-scheduler]: "leastconn" is not a supported scheduler, so --ipvs-scheduler is used: set it to one of lc, mh, rr`},
+			},
+		}},
+		{"without schedulers, the balancing applies and the scheduler's annotation is no problem", rules, []step{{
+			delta: web(balancing("source-hash"), scheduler("mh")), want: at(", scheduler source_hash"),
+		}}},
+		{"a backend without balancing", Options{NodeName: "here"}, []step{{
+			delta: web(balancing("round-robin")), want: at(""),
+			problems: []string{field + `"round-robin" is not possible in the mode of this node, so the default is used: remove the annotation`},
+		}}},
+		{"a Service that is not served has no problem", rules, []step{{
+			delta: Delta{Services: one(newService("web", "None", balancing("fast")))}, want: want{},
+		}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			checkHistory(t, tt.options, tt.steps)
+		})
+	}
+}
+
+// TestConfigureKeepsBalancing checks that Configure does not change the balancing, because the
+// backend stays the same.
+func TestConfigureKeepsBalancing(t *testing.T) {
+	t.Parallel()
+	tracker := NewTracker(Options{Balancing: Balancing{Schedulers: map[string]string{"round-robin": "rr"}}})
+	tracker.Configure(Options{})
+	got := tracker.Apply(Delta{Services: one(newService("web", "10.96.0.1", balancing("round-robin")))})
+	if want, got := "10.96.0.1:80/TCP ->, scheduler rr", serviceTexts(got.Changes)["default/web:http IPv4"]; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
 // TestConfigureKeepsSchedulers checks that Configure does not change the schedulers, because the
 // backend stays the same.
 func TestConfigureKeepsSchedulers(t *testing.T) {

@@ -41,6 +41,8 @@ type Options struct {
 	// Schedulers lists the supported values of [AnnotationIPVSScheduler]. It is empty if the
 	// backend has no schedulers.
 	Schedulers []string
+	// Balancing describes the supported values of [AnnotationBalancing].
+	Balancing Balancing
 }
 
 // Result contains the changes that a [Delta] causes.
@@ -201,9 +203,10 @@ func (t *Tracker) process(change func(result *Result, markDirty func(*service)))
 }
 
 // Configure replaces the options and returns the resulting changes. The node name, the
-// schedulers and the name of the proxy cannot change: Configure ignores those of opts.
+// schedulers, the balancing and the name of the proxy cannot change: Configure ignores those of opts.
 func (t *Tracker) Configure(opts Options) Result {
-	opts.NodeName, opts.Schedulers, opts.ServiceProxyName = t.opts.NodeName, t.opts.Schedulers, t.opts.ServiceProxyName
+	opts.NodeName, opts.ServiceProxyName = t.opts.NodeName, t.opts.ServiceProxyName
+	opts.Schedulers, opts.Balancing = t.opts.Schedulers, t.opts.Balancing
 	t.opts = opts
 	return t.process(t.updateNode)
 }

@@ -136,7 +136,7 @@ func New(o Options) (*Agent, error) {
 		return nil, err
 	}
 	var commits observers[sync.Commit]
-	tracker := b.TrackerOptions(c.Tracker)
+	tracker := b.TrackerOptions(c.Tracker, c.Values)
 	counted, err := a.newServiceCounters(b, c)
 	if err != nil {
 		return nil, err

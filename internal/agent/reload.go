@@ -17,7 +17,7 @@ func (a *Agent) applyConfig(ctx context.Context, next config.Config) {
 	a.logLevel.Set(next.LogLevel)
 	a.reportReplacedMode(next)
 	a.conntrackSettings.set(next.Conntrack)
-	a.dispatcher.configure(a.backend.TrackerOptions(next.Tracker))
+	a.dispatcher.configure(a.backend.TrackerOptions(next.Tracker, next.Values))
 	a.log.InfoContext(ctx, "configuration file reloaded")
 }
 

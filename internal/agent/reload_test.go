@@ -47,8 +47,11 @@ func TestTrackerOptions(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			got := backendByName(t, test.mode).TrackerOptions(kube.Options{NodeName: "node", NodePortAddresses: test.given})
-			want := kube.Options{NodeName: "node", NodePortAddresses: test.want, Schedulers: test.schedulers}
+			got := backendByName(t, test.mode).TrackerOptions(kube.Options{NodeName: "node", NodePortAddresses: test.given}, nil)
+			want := kube.Options{NodeName: "node", NodePortAddresses: test.want, Schedulers: test.schedulers, Balancing: got.Balancing}
+			if len(got.Balancing.Schedulers) != 3 { // TestBalancing of package backend checks their values
+				t.Errorf("kinds of balancing %v, want three", got.Balancing)
+			}
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}

@@ -30,9 +30,12 @@ type Backend struct {
 	// NodePortsOnAllAddresses serves node ports on all addresses of the node if
 	// --nodeport-addresses is empty, like kube-proxy's mode of the same name.
 	NodePortsOnAllAddresses bool
-	// Schedulers are the values of [dataplane.ServiceSpec.Scheduler] that the backend
-	// supports. Nil means that the scheduler cannot be selected.
+	// Schedulers are the values of [kube.AnnotationIPVSScheduler] that the backend supports. Nil
+	// means that the scheduler cannot be selected by its name.
 	Schedulers []string
+	// Balancing returns the supported values of [kube.AnnotationBalancing], given the values of
+	// Flags. Nil means that the balancing cannot be selected.
+	Balancing func(Values) kube.Balancing
 	// Conntrack is set if the backend translates addresses with connection tracking. The
 	// agent then deletes stale entries that direct clients to removed endpoints.
 	Conntrack bool
@@ -133,12 +136,16 @@ func (b Backend) Dial(o Options) (dataplane.Dataplane, error) {
 }
 
 // TrackerOptions adds the options that depend on the backend: kube-proxy's default for the
-// addresses of node ports in this mode, and the IPVS schedulers.
-func (b Backend) TrackerOptions(o kube.Options) kube.Options {
+// addresses of node ports in this mode, the IPVS schedulers and the kinds of balancing. v holds
+// the values of Flags.
+func (b Backend) TrackerOptions(o kube.Options, v Values) kube.Options {
 	if b.NodePortsOnAllAddresses && o.NodePortAddresses.IsZero() {
 		o.NodePortAddresses.All = true
 	}
 	o.Schedulers = b.Schedulers
+	if b.Balancing != nil {
+		o.Balancing = b.Balancing(v)
+	}
 	return o
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/ipvs"
+	"fairlead.io/fairlead/kube"
 )
 
 func TestNames(t *testing.T) {
@@ -75,5 +76,37 @@ func TestIPVSOptions(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// TestBalancing checks the schedulers of the kinds of balancing.
+func TestBalancing(t *testing.T) {
+	t.Parallel()
+	hash := ipvs.SourceHashScheduler() // depends on the kernel's modules
+	for _, tt := range []struct {
+		mode   string
+		values backend.Values
+		want   kube.Balancing
+	}{
+		{backend.NFT, nil, kube.Balancing{Default: "random", Schedulers: map[string]string{
+			"random": "", "round-robin": "rr", "source-hash": "source_hash",
+		}}},
+		{backend.IPVS, nil, kube.Balancing{Default: "--ipvs-scheduler", Schedulers: map[string]string{
+			"round-robin": "", "source-hash": hash, "least-connections": "lc",
+		}}},
+		{backend.IPVS, backend.Values{"ipvs-scheduler": "lc"}, kube.Balancing{Default: "--ipvs-scheduler", Schedulers: map[string]string{
+			"round-robin": "rr", "source-hash": hash, "least-connections": "",
+		}}},
+		{backend.IPVS, backend.Values{"ipvs-scheduler": "mh"}, kube.Balancing{Default: "--ipvs-scheduler", Schedulers: map[string]string{
+			"round-robin": "rr", "source-hash": hash, "least-connections": "lc", // mh hashes the client's port as well
+		}}},
+	} {
+		b, err := backend.ByName(tt.mode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(tt.want, b.Balancing(tt.values)); diff != "" {
+			t.Errorf("%s with %v (-want +got):\n%s", tt.mode, tt.values, diff)
+		}
 	}
 }

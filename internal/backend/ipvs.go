@@ -38,7 +38,7 @@ func ipvsBackend() Backend {
 	tables := nft.Options{Table: ipvs.TableName}
 	return Backend{
 		Name: IPVS, KubeProxyName: "ipvs", Flags: ipvsFlags(), Conntrack: true,
-		NodePortsOnAllAddresses: true, Schedulers: ipvs.Schedulers(),
+		NodePortsOnAllAddresses: true, Schedulers: ipvs.Schedulers(), Balancing: ipvsBalancing,
 		Open: func(o Options) (dataplane.Dataplane, error) {
 			return asDataplane(ipvs.Open(ipvsOptions(o)))
 		},
@@ -50,6 +50,22 @@ func ipvsBackend() Backend {
 			return nft.ServicesWithEndpoints(ctx, tables)
 		},
 	}
+}
+
+// ipvsBalancing returns the kinds of balancing of package ipvs. IPVS has no scheduler that selects
+// endpoints at random.
+func ipvsBalancing(v Values) kube.Balancing {
+	b := kube.Balancing{Default: "--" + flagScheduler, Schedulers: map[string]string{
+		kube.BalanceRoundRobin:       dataplane.RoundRobin,
+		kube.BalanceSourceHash:       ipvs.SourceHashScheduler(),
+		kube.BalanceLeastConnections: "lc",
+	}}
+	for name, scheduler := range b.Schedulers {
+		if scheduler == cmp.Or(value[string](v, flagScheduler), ipvs.DefaultScheduler) {
+			b.Schedulers[name] = "" // Read reports the default scheduler as none
+		}
+	}
+	return b
 }
 
 func ipvsOptions(o Options) ipvs.Options {

@@ -7,6 +7,7 @@ import (
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/metrics"
+	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/nft"
 )
 
@@ -18,7 +19,7 @@ var (
 // nftBackend describes package nft.
 func nftBackend() Backend {
 	return Backend{
-		Name: NFT, KubeProxyName: "nftables", Conntrack: true,
+		Name: NFT, KubeProxyName: "nftables", Conntrack: true, Balancing: nftBalancing,
 		Open: func(o Options) (dataplane.Dataplane, error) {
 			return asDataplane(nft.Open(nft.Options{NetNS: o.NetNS, Logger: o.Logger, OnRebuild: o.onRebuild(), OwnTables: o.OwnTables, DryRun: o.DryRun}))
 		},
@@ -31,6 +32,16 @@ func nftBackend() Backend {
 			return nft.ServicesWithEndpoints(ctx, nft.Options{})
 		},
 	}
+}
+
+// nftBalancing returns the kinds of balancing of package nft. The kernel's rules cannot count the
+// connections of an endpoint that are still open, so least-connections is not possible.
+func nftBalancing(Values) kube.Balancing {
+	return kube.Balancing{Default: kube.BalanceRandom, Schedulers: map[string]string{
+		kube.BalanceRandom:     "",
+		kube.BalanceRoundRobin: dataplane.RoundRobin,
+		kube.BalanceSourceHash: dataplane.SourceHash,
+	}}
 }
 
 // onRebuild converts o.OnRebuild for package nft.

@@ -201,7 +201,7 @@ type follower struct {
 
 func newFollower(o Options, handle func(*State) error, stop context.CancelCauseFunc) *follower {
 	f := &follower{log: o.Logger, handle: handle, stop: stop, state: &State{Services: map[dataplane.Key]*dataplane.Service{}}}
-	f.pipeline = pipeline.NewWithTarget(f.state, o.Backend.TrackerOptions(o.Config.Tracker))
+	f.pipeline = pipeline.NewWithTarget(f.state, o.Backend.TrackerOptions(o.Config.Tracker, o.Config.Values))
 	f.state.Tracker = f.pipeline.Tracker()
 	return f
 }
