@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -92,4 +93,42 @@ func TestSchedulerWithoutIPVS(t *testing.T) {
 	n.run()
 	n.program.awaitLog(func(r record) bool { return r.Msg == "Service cannot be programmed as written" && r.Level == "WARN" })
 	n.awaitAnswers(agenttest.ServiceAddrs(10, 80), "a")
+}
+
+// TestBalancing checks that a change of a Service's annotation takes effect in nft mode, that an
+// impossible value is logged, and that a restart and `fairlead diff` find nothing to change.
+func TestBalancing(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t, "a", "b")
+	write := func(value string) {
+		n.writeFile("backend.yaml", strings.Replace(serviceYAML("backend", 10, 80), "name: backend\n",
+			"name: backend\n  annotations: {fairlead.io/balancing: "+value+"}\n", 1))
+	}
+	await := func(rule string, answers ...string) {
+		t.Helper()
+		agenttest.Eventually(t, func() error {
+			if listing := n.nft("list", "ruleset"); !strings.Contains(listing, rule) {
+				return fmt.Errorf("the ruleset does not contain %q", rule)
+			}
+			return nil
+		})
+		if len(answers) > 0 { // a source hash selects one endpoint for the client
+			n.awaitAnswers(agenttest.ServiceAddrs(10, 80), answers...)
+		}
+		if out := n.diff(0); out != "" {
+			t.Errorf("%s: differences:\n%s", rule, out)
+		}
+	}
+	write("round-robin")
+	n.writePods("backend", "a", "b")
+	n.run()
+	await("numgen inc mod 2", "a", "b")
+	write("source-hash")
+	await("jhash ip6 saddr mod 1024")
+	n.stop()
+	n.run()
+	await("jhash ip saddr mod 1024")
+	write("least-connections")
+	n.program.awaitLog(func(r record) bool { return r.Msg == "Service cannot be programmed as written" && r.Level == "WARN" })
+	await("numgen random mod 2", "a", "b")
 }

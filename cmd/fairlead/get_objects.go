@@ -314,10 +314,14 @@ func (r *getResult) serviceTable(wide bool) table {
 	var t table
 	columns := []string{"NAME", "KIND", "FRONTEND", "ENDPOINTS", "DRAINING", "TRAFFIC-POLICY", "AFFINITY", "SOURCE-RANGES"}
 	isIPVS := slices.ContainsFunc(r.frontends, func(f *inspect.Frontend) bool { return f.Stats != nil })
+	haveSchedulers := isIPVS || slices.ContainsFunc(r.frontends, func(f *inspect.Frontend) bool { return f.Binding.Scheduler != "" })
 	if wide {
 		columns = append(columns, "MASQUERADE", "WITHOUT-ENDPOINTS", "LIST", "CLASS")
+		if haveSchedulers {
+			columns = append(columns, "SCHEDULER")
+		}
 		if isIPVS {
-			columns = append(columns, "SCHEDULER", "TOTAL-CONNECTIONS", "BYTES-IN", "BYTES-OUT")
+			columns = append(columns, "TOTAL-CONNECTIONS", "BYTES-IN", "BYTES-OUT")
 		}
 	}
 	r.withNamespace(&t, columns)
@@ -332,8 +336,10 @@ func (r *getResult) serviceTable(wide bool) table {
 		if wide {
 			cells = append(cells, f.Binding.Masquerade.String(), f.Binding.NoEndpointsVerdict.String(), listText(f), f.Class)
 		}
-		if wide && isIPVS {
+		if wide && haveSchedulers {
 			cells = append(cells, cmp.Or(f.Binding.Scheduler, none))
+		}
+		if wide && isIPVS {
 			if f.Stats == nil {
 				cells = append(cells, none, none, none)
 			} else {

@@ -84,7 +84,7 @@ type Frontend struct {
 	// kinds of external addresses.
 	Kind      dataplane.Kind
 	KindKnown bool
-	// Binding says how the kernel handles connections. Its Scheduler is set in mode ipvs.
+	// Binding says how the kernel handles connections. In mode ipvs, its Scheduler is always set.
 	Binding dataplane.Binding
 	// SharedList reports whether the frontend shares its endpoints in the kernel with other
 	// frontends of the Service.

@@ -98,7 +98,11 @@ func Explain(c Connection, p dataplane.Protocol, host *Host, walker *nft.Walker,
 	if desired != nil {
 		plain := *host
 		plain.balance = false
-		if wanted, err = nft.WalkRendered(&plain, packet, desired.Node, desired.Services); err != nil {
+		services := desired.Services
+		if host.balance { // IPVS selects the endpoint, not the rules
+			services = withoutSchedulers(services)
+		}
+		if wanted, err = nft.WalkRendered(&plain, packet, desired.Node, services); err != nil {
 			return nil, fmt.Errorf("evaluate the rules of the desired state: %w", err)
 		}
 	}
@@ -137,6 +141,17 @@ func Explain(c Connection, p dataplane.Protocol, host *Host, walker *nft.Walker,
 		r.Differences = differences(kernel, wanted)
 	}
 	return r, nil
+}
+
+// withoutSchedulers returns copies of the Services without their schedulers.
+func withoutSchedulers(services []*dataplane.Service) []*dataplane.Service {
+	all := make([]*dataplane.Service, 0, len(services))
+	for _, s := range services {
+		plain := *s
+		plain.Scheduler = ""
+		all = append(all, &plain)
+	}
+	return all
 }
 
 // selects reports whether the rules select an endpoint, or refuse the connection because the list
@@ -252,7 +267,9 @@ func (d *Desired) annotate(s nft.Step, c Connection, w *nft.Walk, p *kube.PortEx
 	case nft.DecideNoFrontend:
 		a.Object = ""
 		d.annotateNoFrontend(&a, c)
-	case nft.DecideHairpin, nft.DecideLoopback, nft.DecideVirtual, nft.DecideEndpoint, nft.DecideBalancer, nft.DecideUnsupported:
+	case nft.DecideEndpoint:
+		a.Field = "metadata.annotations[" + kube.AnnotationBalancing + "]"
+	case nft.DecideHairpin, nft.DecideLoopback, nft.DecideVirtual, nft.DecideBalancer, nft.DecideUnsupported:
 	}
 	return a
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -69,10 +70,10 @@ func describe(name, addr string) string {
 	return fmt.Sprintf("%s (%s)", name, addr)
 }
 
-// isSelected reports whether a decision follows the selection of an endpoint.
+// isSelected reports whether a decision is the selection of an endpoint or follows it.
 func isSelected(d nft.Decision) bool {
 	switch d {
-	case nft.DecideBalancer, nft.DecideHairpin, nft.DecideMasquerade, nft.DecideRefused:
+	case nft.DecideEndpoint, nft.DecideBalancer, nft.DecideHairpin, nft.DecideMasquerade, nft.DecideRefused:
 		return true
 	default:
 		return false
@@ -128,7 +129,11 @@ func (r *Report) writeResults(b *strings.Builder) {
 		b.WriteString(" " + r.Results[0].text() + "\n")
 		return
 	}
-	fmt.Fprintf(b, " one of %d, selected at random:\n", len(r.Results))
+	selected := "at random"
+	if slices.ContainsFunc(r.Steps, func(s Step) bool { return s.Decision == nft.DecideEndpoint }) {
+		selected = "in turn" // with a hash, there is one result
+	}
+	fmt.Fprintf(b, " one of %d, selected %s:\n", len(r.Results), selected)
 	for i, result := range r.Results {
 		if i == maxResults {
 			fmt.Fprintf(b, "  - and %d more\n", len(r.Results)-i)

@@ -25,7 +25,10 @@ func TestExplain(t *testing.T) {
 	network := nettest.NewT(t, nettest.Options{})
 	client, pod := network.PodT(t, "client"), network.PodT(t, "web")
 	pod.ServeT(t, nettest.TCP, 8080)
-	tracker := kube.NewTracker(kube.Options{NodeName: "here", DetectLocal: kube.DetectLocal{ClusterCIDRs: network.PodCIDRs}})
+	tracker := kube.NewTracker(kube.Options{
+		NodeName: "here", DetectLocal: kube.DetectLocal{ClusterCIDRs: network.PodCIDRs},
+		Balancing: kube.Balancing{Schedulers: map[string]string{"round-robin": dataplane.RoundRobin, "source-hash": dataplane.SourceHash}},
+	})
 	web := kubetest.Service("shop", "web", netip.MustParseAddr("10.96.0.10"))
 	web.Spec.SessionAffinity = "ClientIP"
 	slice := kubetest.EndpointSlice("shop", "web", pod.IPv4, time.Unix(0, 0))
@@ -36,6 +39,15 @@ func TestExplain(t *testing.T) {
 	delta := kube.Delta{Node: kubetest.Node("here", network.Node.IPv4.String()), LocalAddrs: network.Node.Addrs()}
 	delta.Services = append(delta.Services, web, empty)
 	delta.EndpointSlices = append(delta.EndpointSlices, slice)
+	for i, balancing := range []string{"source-hash", "round-robin"} {
+		s := kubetest.Service("shop", balancing, netip.AddrFrom4([4]byte{10, 96, 0, byte(20 + i)}))
+		s.Annotations = map[string]string{kube.AnnotationBalancing: balancing}
+		two := kubetest.EndpointSlice("shop", balancing, pod.IPv4, time.Unix(0, 0))
+		other := two.Endpoints[0].DeepCopy()
+		other.Addresses = []string{"10.244.9.8"}
+		two.Endpoints = append(two.Endpoints, *other)
+		delta.Services, delta.EndpointSlices = append(delta.Services, s), append(delta.EndpointSlices, two)
+	}
 	result := tracker.Apply(delta)
 	desired := &trace.Desired{
 		Tracker: tracker, Node: *result.Node, Pods: map[netip.Addr]trace.Pod{pod.IPv4: {Name: "shop/web-1", Node: "here"}},
@@ -112,6 +124,16 @@ func TestExplain(t *testing.T) {
 	})
 	t.Run("undeclared port", func(t *testing.T) {
 		check(t, explain(t, "10.96.0.10:81"), "No frontend", "Rejected: 10.96.0.10 is a cluster IP", "Service shop/web, spec.ports", "Result: rejected")
+	})
+	t.Run("balancing", func(t *testing.T) {
+		const field = "metadata.annotations[fairlead.io/balancing]"
+		hashed := explain(t, "10.96.0.20:80")
+		check(t, hashed, "2 of 2 can receive", "The hash of the client's address "+client.IPv4.String()+" selects slot ", " of 1024", "Service shop/source-hash, "+field)
+		inTurn := explain(t, "10.96.0.21:80")
+		check(t, inTurn, "2 of 2 can receive", "in turn", "Service shop/round-robin, "+field, "Result: one of 2, selected in turn")
+		if len(hashed.Results) != 1 || len(inTurn.Results) != 2 || len(hashed.Differences)+len(inTurn.Differences) > 0 {
+			t.Errorf("results %v and %v, differences %q and %q", hashed.Results, inTurn.Results, hashed.Differences, inTurn.Differences)
+		}
 	})
 	t.Run("the kernel differs", func(t *testing.T) {
 		for _, s := range desired.Services {
