@@ -171,6 +171,12 @@ DOCUMENT ?= docs/conformance.md
 # Release of Kubernetes, if not the newest: one of test/cluster/kubernetes-*, as in KUBERNETES=1.29.
 KUBERNETES ?=
 
+# With UM=1, User-Mode Linux runs the conformance tests: make conformance MODE=ipvs UM=1. Nodes keep their
+# files in its memory.
+UM ?=
+UMMEMORY ?= 9G
+UMCLUSTER = $(if $(UM),test/um/run.sh -m $(UMMEMORY) -g 2 -k bin/conformance -k docs)
+
 .PHONY: cluster-programs
 cluster-programs: controlplane kube-proxy ## build kubelet, containerd and other programs of a cluster in .cache; the first build takes about 20 minutes
 	@test/deps.sh $(CLUSTER_PACKAGES)
@@ -197,8 +203,9 @@ cluster-stop: ## end the cluster
 	@$(CLUSTER) stop
 
 .PHONY: conformance
-conformance: cluster-programs cluster-image ## run Kubernetes' [Conformance] tests of sig-network in a new cluster (root); PROXY=kube-proxy, KUBERNETES=1.29, or FULL=1 for all tests
-	$(CLUSTER) conformance $(CLUSTER_FLAGS) -version='$(VERSION)' -document='$(DOCUMENT)' $(if $(FULL),-full) $(ARGS)
+conformance: cluster-programs cluster-image $(if $(UM),um) ## run Kubernetes' [Conformance] tests of sig-network in a new cluster (root); PROXY=kube-proxy, KUBERNETES=1.29, MODE=ipvs UM=1, or FULL=1 for all tests
+	@mkdir -p bin/conformance
+	$(UMCLUSTER) $(CLUSTER) conformance $(CLUSTER_FLAGS) -version='$(VERSION)' -document='$(DOCUMENT)' $(if $(FULL),-full) $(ARGS)
 
 .PHONY: test-cluster
 test-cluster: ## test the programs that start a cluster (root), some seconds
@@ -302,6 +309,16 @@ test-vm-%: FORCE
 	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,$(VMSKIP-cmd-$*),$(VMRUN-cmd),$(if $(filter .,$(RUN)),,$(VMWITH-cmd))))
 
 FORCE:
+
+# User-Mode Linux: a kernel as a process, with IPVS, flowtables and SCTP at almost the speed of this machine's.
+.PHONY: um
+um: ## build a kernel for User-Mode Linux in .cache (root); the first build takes about 15 minutes
+	@test/deps.sh make xz-utils flex bison bc busybox-static
+	@test/um/build.sh
+
+.PHONY: test-um
+test-um: um nftables ## run tests of the mode ipvs with User-Mode Linux (root); PKG=./ipvs RUN=regexp
+	go test -count=1 -p=1 -tags=ipvs -timeout=$(VMTIMEOUT) -exec='$(CURDIR)/test/um/run.sh' -run='$(RUN)' $(if $(filter command% environment,$(origin PKG)),$(PKG),./ipvs)
 
 .PHONY: vm-shell
 vm-shell: vm build ## start a shell in a virtual machine with the checkout; KERNEL=6.1

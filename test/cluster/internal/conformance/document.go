@@ -52,7 +52,7 @@ from its Helm chart with the default values. [cluster.md](cluster.md) describes 
 
     make conformance                        # the [Conformance] tests
     make conformance PROXY=kube-proxy       # the same tests against kube-proxy
-    make conformance MODE=ipvs              # the same tests against Fairlead's mode ipvs
+    make conformance MODE=ipvs              # the same tests against Fairlead's mode ipvs; UM=1 if the kernel has no IPVS
     make conformance KUBERNETES=1.29        # the oldest supported Kubernetes: its control plane, nodes and [Conformance] tests
     make conformance FULL=1                 # all tests of sig-network that can run on one machine
 

@@ -62,6 +62,11 @@ mount_node() {
 		cat "/proc/sys/$f" >"$copy"
 		mount --bind "$copy" "/proc/sys/$f"
 	done
+	# kubelet does not start without the frequency of a processor, which User-Mode Linux does not have.
+	if grep -q 'User Mode Linux' /proc/cpuinfo; then
+		{ cat /proc/cpuinfo && echo 'cpu MHz : 1000.000'; } >"$NODE_DIR/cpuinfo"
+		mount --bind "$NODE_DIR/cpuinfo" /proc/cpuinfo
+	fi
 	# kubelet and its containers share mounts.
 	mount --make-rshared /
 }
