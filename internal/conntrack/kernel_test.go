@@ -15,6 +15,7 @@ import (
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/nlconn"
+	"fairlead.io/fairlead/sync"
 )
 
 // dumpAll returns all entries of any protocol and zone, sorted.
@@ -141,6 +142,79 @@ func TestCleanerWithKernel(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestCleanerWithSCTP checks that the Cleaner deletes the stale SCTP entries of several frontends. The
+// kernel's filter ignores SCTP ports: a dump for one frontend contains entries of other ports.
+func TestCleanerWithSCTP(t *testing.T) {
+	t.Parallel()
+	sctp := func(client, destination, endpoint string) testEntry {
+		m := newTestEntry(client, destination, endpoint)
+		m.protocol, m.replied = unix.IPPROTO_SCTP, true
+		return m
+	}
+	for _, tt := range []struct {
+		name           string
+		frontends      []string
+		stale, serving string // endpoints
+		kept           []testEntry
+	}{
+		{
+			name: "IPv4", frontends: []string{"10.96.0.10:36412", "10.96.0.11:36422"}, stale: "10.0.0.2:36412", serving: "10.0.0.1:36412",
+			kept: []testEntry{sctp("10.1.0.1:1", "10.96.0.10:2905", "10.0.0.2:36412"), sctp("10.1.0.1:2", "10.96.0.11:2905", "10.0.0.2:36412")},
+		},
+		{
+			name: "IPv6", frontends: []string{"[fd00:96::10]:36412", "[fd00:96::11]:36422"}, stale: "[fd01::2]:36412", serving: "[fd01::1]:36412",
+			kept: []testEntry{sctp("[fd01::9]:1", "[fd00:96::10]:2905", "[fd01::2]:36412"), sctp("[fd01::9]:2", "[fd00:96::12]:36412", "[fd01::2]:36412")},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			ns := newNamespace(t)
+			k := openTable(t, ns)
+			scans := make(chan ScanResult, 100)
+			c := New(Options{NetNS: ns.Fd(), OnScan: func(l ScanResult) { scans <- l }})
+			done := make(chan error)
+			ctx, cancel := context.WithCancel(t.Context())
+			go func() { done <- c.Run(ctx) }()
+			defer func() {
+				cancel()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			}()
+			commit := sync.Commit{Op: sync.OpApply}
+			var want []string
+			insertEntries(t, k, tt.kept...)
+			for _, m := range tt.kept {
+				want = append(want, m.text())
+			}
+			client := tt.kept[0].client
+			for i, frontend := range tt.frontends {
+				commit.Changes = append(commit.Changes, dataplane.Change{
+					Old: serviceWithProtocol(dataplane.SCTP, fmt.Sprintf("s%d %s -> %s %s", i, frontend, tt.stale, tt.serving)),
+					New: serviceWithProtocol(dataplane.SCTP, fmt.Sprintf("s%d %s -> %s", i, frontend, tt.serving)),
+				})
+				at := func(port int) string { return netip.AddrPortFrom(client.Addr(), uint16(port)).String() }
+				serving := sctp(at(20+i), frontend, tt.serving)
+				insertEntries(t, k, sctp(at(10+i), frontend, tt.stale), serving)
+				want = append(want, serving.text())
+			}
+			slices.Sort(want)
+			c.OnCommit(commit)
+			select {
+			case result := <-scans:
+				if result.Err != nil || result.Deleted != len(tt.frontends) {
+					t.Errorf("deleted %d, error %v; want %d", result.Deleted, result.Err, len(tt.frontends))
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatal("no scan")
+			}
+			if diff := cmp.Diff(want, dumpAll(t, k)); diff != "" {
+				t.Errorf("protocol, zone, destination, endpoint (-want +got)\n%s", diff)
+			}
+		})
 	}
 }
 

@@ -18,7 +18,8 @@ const maxQueries = 3
 // query selects the entries of a dump: by family and protocol, by destination address and port
 // if these are not zero, and with unreplied by the absence of a reply (Linux 5.15). It never
 // selects by an IPv6 address: the kernel inverts this comparison and omits the matching
-// entries (ctnetlink_filter_match_tuple, observed with Linux 6.18).
+// entries (ctnetlink_filter_match_tuple, observed with Linux 6.18). It never selects by an SCTP
+// port: the same function compares the ports of TCP and UDP only.
 type query struct {
 	family    dataplane.Family
 	protocol  dataplane.Protocol
@@ -43,7 +44,10 @@ func (x *serviceIndex) queries(s *candidates) map[dataplane.Family][]query {
 	addrs := map[query]netip.Addr{} // keyed by family, protocol and port; the zero Addr means several addresses
 	add := func(f dataplane.Frontend) {
 		addr := f.Addr.Addr()
-		q := query{family: dataplane.FamilyOf(addr), protocol: f.Protocol, port: f.Addr.Port()}
+		q := query{family: dataplane.FamilyOf(addr), protocol: f.Protocol}
+		if f.Protocol != dataplane.SCTP {
+			q.port = f.Addr.Port()
+		}
 		if have, ok := addrs[q]; ok && have != addr || addr.IsUnspecified() || addr.Is6() {
 			addr = netip.Addr{}
 		}

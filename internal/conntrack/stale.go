@@ -197,7 +197,9 @@ func (s *candidates) addChange(c dataplane.Change) {
 	removedAddrs := difference(old, now)
 	if isSCTP(c.Old) {
 		// Handshakes that an endpoint in Service.Serving has not answered are stale too.
-		removedAddrs = difference(old, acceptingEndpoints(c.New))
+		removedAddrs = append(removedAddrs, difference(acceptingEndpoints(c.Old), acceptingEndpoints(c.New))...)
+		slices.SortFunc(removedAddrs, netip.AddrPort.Compare)
+		removedAddrs = slices.Compact(removedAddrs)
 	}
 	var removed [][]netip.AddrPort
 	if len(removedAddrs) > 0 {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -390,6 +391,75 @@ func TestStaleSCTP(t *testing.T) {
 			f.protocol = dataplane.UDP
 			if index.isStale(f, &s) {
 				t.Errorf("%s: a UDP flow is stale too", tt.name)
+			}
+		}
+	}
+}
+
+// TestChangeNeedsScan checks which changes can leave stale entries and therefore start a scan.
+func TestChangeNeedsScan(t *testing.T) {
+	t.Parallel()
+	const vip = "a 10.96.0.10:53 ->"
+	withSpec := func(s *dataplane.Service, edit func(*dataplane.ServiceSpec)) *dataplane.Service {
+		n := *s
+		edit(&n.ServiceSpec)
+		return &n
+	}
+	for _, tt := range []struct {
+		name          string
+		before, after string
+		edit          func(*dataplane.ServiceSpec) // of the Service after the change
+		udp, sctp     bool
+	}{
+		{name: "Service added", after: vip + " 10.0.0.1:53", udp: true, sctp: true},
+		{name: "Service without endpoints added: its flows must be refused", after: vip, udp: true, sctp: true},
+		{name: "first endpoint added", before: vip, after: vip + " 10.0.0.1:53", udp: true, sctp: true},
+		{name: "frontend added", before: vip + " 10.0.0.1:53", after: "a 10.96.0.10:53 10.96.0.11:53 -> 10.0.0.1:53", udp: true, sctp: true},
+		{name: "endpoint removed", before: vip + " 10.0.0.1:53 10.0.0.2:53", after: vip + " 10.0.0.1:53", udp: true, sctp: true},
+		{name: "last endpoint removed", before: vip + " 10.0.0.1:53", after: vip, udp: true, sctp: true},
+		{name: "frontend removed", before: "a 10.96.0.10:53 10.96.0.11:53 -> 10.0.0.1:53", after: vip + " 10.0.0.1:53", udp: true, sctp: true},
+		{name: "Service deleted", before: vip + " 10.0.0.1:53", udp: true, sctp: true},
+		{name: "Service deleted whose endpoint only served", before: vip + " (10.0.0.1:53)", udp: true, sctp: true},
+		{
+			name: "endpoint stops accepting and still serves: an SCTP handshake may wait for it", sctp: true,
+			before: vip + " 10.0.0.1:53 10.0.0.2:53", after: vip + " 10.0.0.1:53 (10.0.0.2:53)",
+		},
+		{name: "endpoint stops serving", before: vip + " 10.0.0.1:53 (10.0.0.2:53)", after: vip + " 10.0.0.1:53", udp: true, sctp: true},
+
+		{name: "second endpoint added", before: vip + " 10.0.0.1:53", after: vip + " 10.0.0.1:53 10.0.0.2:53"},
+		{name: "endpoint added while another only serves", before: vip + " 10.0.0.1:53 (10.0.0.2:53)", after: vip + " 10.0.0.1:53 10.0.0.3:53 (10.0.0.2:53)"},
+		{name: "endpoint accepts again", before: vip + " 10.0.0.1:53 (10.0.0.2:53)", after: vip + " 10.0.0.1:53 10.0.0.2:53"},
+		{name: "only a serving endpoint added", before: vip + " 10.0.0.1:53", after: vip + " 10.0.0.1:53 (10.0.0.2:53)"},
+		{name: "other order of endpoints", before: vip + " 10.0.0.1:53 10.0.0.2:53", after: vip + " 10.0.0.2:53 10.0.0.1:53"},
+		{name: "nothing changed", before: vip + " 10.0.0.1:53", after: vip + " 10.0.0.1:53"},
+		{
+			name: "session affinity", before: vip + " 10.0.0.1:53", after: vip + " 10.0.0.1:53",
+			edit: func(s *dataplane.ServiceSpec) { s.Affinity = time.Hour },
+		},
+		{
+			name: "masquerading", before: vip + " 10.0.0.1:53", after: vip + " 10.0.0.1:53",
+			edit: func(s *dataplane.ServiceSpec) { s.Masquerade = dataplane.MasqueradeAlways },
+		},
+		{
+			name: "endpoint is local", before: vip + " 10.0.0.1:53", after: vip + " 10.0.0.1:53",
+			edit: func(s *dataplane.ServiceSpec) {
+				s.Endpoints = []dataplane.Endpoint{{Addr: s.Endpoints[0].Addr, Local: true}}
+			},
+		},
+		{name: "Service without endpoints deleted", before: vip},
+	} {
+		for protocol, want := range map[dataplane.Protocol]bool{dataplane.UDP: tt.udp, dataplane.SCTP: tt.sctp, dataplane.TCP: false} {
+			if protocol == dataplane.TCP && strings.Contains(tt.before+tt.after, "(") {
+				continue
+			}
+			c := dataplane.Change{Old: serviceWithProtocol(protocol, tt.before), New: serviceWithProtocol(protocol, tt.after)}
+			if tt.edit != nil {
+				c.New = withSpec(c.New, tt.edit)
+			}
+			var s candidates
+			s.addChange(c)
+			if s.empty() == want {
+				t.Errorf("%s, %s: scan %t, want %t", tt.name, protocol, !s.empty(), want)
 			}
 		}
 	}
