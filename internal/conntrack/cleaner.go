@@ -41,16 +41,21 @@ const (
 	rescanDelay = time.Second
 	retryMin    = time.Second
 	retryMax    = time.Minute
+	// verifyDelay limits how long a stale entry lives that has no event. The kernel makes none if it
+	// lacks memory, or if rules of another program omit it (nft's ct event set).
+	verifyDelay = 10 * time.Second
 )
 
 // scanPause returns the minimum pause after a scan with the given duration. The pauses leave
-// four fifths of a processor to others while Services keep changing, and are too short for
-// clients to notice.
-func scanPause(took time.Duration) time.Duration { return min(4*took, time.Second/2) }
+// four fifths of a processor to others while Services keep changing. If a scan takes up to 50 ms, the
+// pause is at most 100 ms, which is too short for clients to notice.
+func scanPause(took time.Duration) time.Duration {
+	return min(4*took, max(100*time.Millisecond, 2*took), time.Second/2)
+}
 
-// maxFailedFrontends is the maximum number of frontends recorded for the retry of failed
-// scans. With more, the retry considers all entries.
-const maxFailedFrontends = 10_000
+// maxLaterFrontends is the maximum number of frontends recorded for a later scan. With more, that
+// scan considers all entries.
+const maxLaterFrontends = 10_000
 
 // Cleaner deletes stale entries. Create one with [New].
 type Cleaner struct {
@@ -78,6 +83,11 @@ type Cleaner struct {
 	retryAt     time.Time
 	failedScans int
 	lastLogged  string // last error logged, or empty
+	follower    follower
+	// unverified holds candidates without entries according to the follower. They are scanned
+	// nevertheless at verifyAt; a zero time means never.
+	unverified candidates
+	verifyAt   time.Time
 	// attemptScanAt is the time of the next TCP scan; a zero time means never.
 	// attemptScanNotBefore is its earliest time. attemptScanFailed reports that the last TCP
 	// scan failed.
@@ -106,6 +116,8 @@ func New(opts Options) *Cleaner {
 		wake:  make(chan struct{}, 1),
 		tcp:   map[dataplane.Frontend]struct{}{},
 		index: newServiceIndex(),
+
+		follower: follower{log: log},
 	}
 }
 
@@ -220,6 +232,7 @@ func (c *Cleaner) addAttemptQueries(queries map[dataplane.Family][]query) {
 func (c *Cleaner) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	defer c.follower.stop(ctx, time.Now(), nil)
 	for {
 		select {
 		case <-ctx.Done():
@@ -241,7 +254,8 @@ func (c *Cleaner) nextWakeup() time.Time {
 	if c.scanPending {
 		return c.pausedUntil
 	}
-	return earlier(earlier(c.rescanAt, c.retryAt), c.attemptScanAt)
+	next := earlier(earlier(c.rescanAt, c.retryAt), c.attemptScanAt)
+	return earlier(earlier(next, c.verifyAt), c.follower.nextReceive())
 }
 
 // earlier returns the earlier of two times. A zero time means never.
@@ -260,13 +274,30 @@ func (c *Cleaner) step(ctx context.Context, now time.Time) {
 	due := func(at time.Time) bool { return !at.IsZero() && !at.After(now) }
 	added := c.takePending()
 	c.scanAttempts(ctx, now)
-	var scanned candidates
-	scanned.merge(added)
+	if !added.empty() {
+		c.follower.recordChange(ctx, now, c.open)
+	}
+	var changed candidates
+	changed.merge(added)
 	if due(c.rescanAt) {
-		scanned.merge(c.rescan)
+		changed.merge(c.rescan)
 		c.rescan, c.nextRescan, c.rescanAt = c.nextRescan, candidates{}, time.Time{}
 		if !c.rescan.empty() {
 			c.rescanAt = now.Add(rescanDelay)
+		}
+	}
+	// The follower receives the entries that preceded the changes.
+	c.follower.receive(ctx, now)
+	scanned, without := c.follower.split(changed)
+	if due(c.verifyAt) {
+		scanned.merge(c.unverified)
+		c.unverified, c.verifyAt = candidates{}, time.Time{}
+	}
+	if !without.empty() {
+		c.unverified.merge(without)
+		c.unverified.limit()
+		if c.verifyAt.IsZero() {
+			c.verifyAt = now.Add(verifyDelay)
 		}
 	}
 	if due(c.retryAt) {
@@ -274,13 +305,16 @@ func (c *Cleaner) step(ctx context.Context, now time.Time) {
 		c.failed, c.retryAt = candidates{}, time.Time{}
 	}
 	if scanned.empty() {
+		c.scheduleRescan(added, now)
 		return
 	}
 	queries := c.index.queries(&scanned)
+	c.follower.widen(queries, now)
 	if scanned.all {
 		c.addAttemptQueries(queries)
 	}
 	err := c.scan(ctx, queries, func(f flow) bool {
+		c.follower.visit(f)
 		return c.index.isStale(f, &scanned) || scanned.all && c.isUntranslatedAttempt(f)
 	})
 	if ctx.Err() != nil {
@@ -288,15 +322,20 @@ func (c *Cleaner) step(ctx context.Context, now time.Time) {
 	}
 	end := time.Now()
 	c.pausedUntil = end.Add(scanPause(end.Sub(now)))
+	c.scheduleRescan(added, end)
+	c.recordResult(ctx, err, scanned, now)
+}
+
+// scheduleRescan schedules a second scan of candidates rescanDelay after the first one.
+func (c *Cleaner) scheduleRescan(added candidates, scanned time.Time) {
 	switch {
 	case added.empty():
 	case c.rescanAt.IsZero():
 		c.rescan.merge(added)
-		c.rescanAt = end.Add(rescanDelay)
+		c.rescanAt = scanned.Add(rescanDelay)
 	default:
 		c.nextRescan.merge(added)
 	}
-	c.recordResult(ctx, err, scanned, now)
 }
 
 // recordResult logs the result of a scan and schedules a retry.
@@ -311,9 +350,7 @@ func (c *Cleaner) recordResult(ctx context.Context, err error, scanned candidate
 		return
 	}
 	c.failed.merge(scanned)
-	if len(c.failed.frontends) > maxFailedFrontends {
-		c.failed = candidates{all: true}
-	}
+	c.failed.limit()
 	delay := retryMax
 	if c.failedScans < 6 { // 64 s
 		delay = min(retryMin<<c.failedScans, retryMax)
@@ -420,7 +457,11 @@ func (c *Cleaner) scanFamily(ctx context.Context, t table, queries []query, stal
 	var staleEntries []entry
 	var errs []error
 	for _, q := range queries {
+		start := time.Now()
 		entries, narrowed, err := t.dump(ctx, q, stale)
+		if err == nil {
+			c.follower.dumped(q, start)
+		}
 		staleEntries = append(staleEntries, entries...)
 		errs = append(errs, err)
 		if err != nil || !narrowed {

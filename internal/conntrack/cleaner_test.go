@@ -32,6 +32,7 @@ type fakeTable struct {
 	err            error          // returned by dump
 	busyEndpoint   netip.AddrPort // an endpoint whose entries cannot be deleted
 	afterDump      func()         // called at the end of a dump
+	events         *fakeEvents    // nil if the kernel makes no events
 }
 
 func (t *fakeTable) open() (table, error) {
@@ -42,6 +43,16 @@ func (t *fakeTable) open() (table, error) {
 }
 
 func (*fakeTable) close() error { return nil }
+
+func (t *fakeTable) listen() (flowEvents, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.events == nil {
+		return nil, ErrEventsOff
+	}
+	t.events.listeners++
+	return t.events, nil
+}
 
 func (t *fakeTable) dump(_ context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
 	t.mu.Lock()

@@ -169,6 +169,9 @@ func (c criteria) matches(f flow) bool {
 	return slices.ContainsFunc(c.removed, func(list []netip.AddrPort) bool { return containsAddr(list, f.endpoint) })
 }
 
+// maxRemovedLists is the maximum number of lists in criteria. An endpoint that comes and goes is in many.
+const maxRemovedLists = 16
+
 func (s *candidates) empty() bool { return !s.all && len(s.frontends) == 0 }
 
 func (s *candidates) add(frontend dataplane.Frontend, more criteria) {
@@ -177,6 +180,11 @@ func (s *candidates) add(frontend dataplane.Frontend, more criteria) {
 	}
 	have := s.frontends[frontend]
 	have.removed = append(have.removed, more.removed...)
+	if len(have.removed) > maxRemovedLists {
+		all := slices.Concat(have.removed...)
+		slices.SortFunc(all, netip.AddrPort.Compare)
+		have.removed = [][]netip.AddrPort{slices.Compact(all)}
+	}
 	have.untranslated = have.untranslated || more.untranslated
 	s.frontends[frontend] = have
 }
@@ -185,6 +193,13 @@ func (s *candidates) merge(o candidates) {
 	s.all = s.all || o.all
 	for f, more := range o.frontends {
 		s.add(f, more)
+	}
+}
+
+// limit replaces more than maxLaterFrontends frontends by all.
+func (s *candidates) limit() {
+	if len(s.frontends) > maxLaterFrontends {
+		*s = candidates{all: true}
 	}
 }
 

@@ -68,11 +68,16 @@ type table interface {
 	// delete deletes entries and returns how many still existed. After an error, some entries
 	// may remain.
 	delete(ctx context.Context, entries []entry) (int, error)
+	// listen starts to receive the flows of new entries. They do not depend on close.
+	listen() (flowEvents, error)
 	close() error
 }
 
 // netlinkTable is the table of a network namespace.
-type netlinkTable struct{ conn *nlconn.Conn }
+type netlinkTable struct {
+	conn  *nlconn.Conn
+	netns int
+}
 
 var _ table = (*netlinkTable)(nil)
 
@@ -86,7 +91,7 @@ func openNetlinkTable(netns int) (table, error) {
 	if err != nil {
 		return nil, explain(err)
 	}
-	return &netlinkTable{conn}, nil
+	return &netlinkTable{conn: conn, netns: netns}, nil
 }
 
 func (t *netlinkTable) close() error { return t.conn.Close() }
