@@ -33,6 +33,7 @@ type fakeTable struct {
 	busyEndpoint   netip.AddrPort // an endpoint whose entries cannot be deleted
 	afterDump      func()         // called at the end of a dump
 	events         *fakeEvents    // nil if the kernel makes no events
+	dumpCount      int            // not reset by remaining
 }
 
 func (t *fakeTable) open() (table, error) {
@@ -57,6 +58,7 @@ func (t *fakeTable) listen() (flowEvents, error) {
 func (t *fakeTable) dump(_ context.Context, q query, visit func(flow) bool) (entries []entry, narrowed bool, err error) {
 	t.mu.Lock()
 	t.dumps = append(t.dumps, q)
+	t.dumpCount++
 	flows, refuse, listing := slices.Clone(t.flows), t.err, t.afterDump
 	t.mu.Unlock()
 	if refuse != nil {

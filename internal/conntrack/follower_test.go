@@ -68,12 +68,10 @@ func followingCleaner(t *testing.T, services ...string) *testCleaner {
 	}
 	r.OnCommit(replaceCommit(pairs...))
 	r.expectFlows(t, "no flows")
-	for range 2 * followAfter {
-		r.changeIdleService(t)
-		time.Sleep(200 * time.Millisecond)
+	r.changeIdleServiceOften(t)
+	if n := r.countDumps(func() { r.changeIdleService(t) }); n != 0 {
+		t.Errorf("%d dumps for a Service without flows, want none", n)
 	}
-	time.Sleep(verifyDelay + rescanDelay)
-	r.expectDumps(t, "idle Service", 0, func() { r.changeIdleService(t) })
 	return r
 }
 
@@ -86,21 +84,28 @@ func (r *testCleaner) changeIdleService(t *testing.T) {
 	synctest.Wait()
 }
 
-// expectDumps checks the number of dumps of fn, and of the rescan.
-func (r *testCleaner) expectDumps(t *testing.T, what string, want int, fn func()) {
+// changeIdleServiceOften changes a Service without flows until the follower listens and is complete.
+func (r *testCleaner) changeIdleServiceOften(t *testing.T) {
 	t.Helper()
-	synctest.Wait()
-	r.table.mu.Lock()
-	r.table.dumps = nil
-	r.table.mu.Unlock()
+	for range 2 * followAfter {
+		r.changeIdleService(t)
+		time.Sleep(200 * time.Millisecond)
+	}
+	time.Sleep(verifyDelay + rescanDelay)
+}
+
+// countDumps returns the number of dumps during fn and the rescan.
+func (r *testCleaner) countDumps(fn func()) int {
+	count := func() int {
+		synctest.Wait()
+		r.table.mu.Lock()
+		defer r.table.mu.Unlock()
+		return r.table.dumpCount
+	}
+	before := count()
 	fn()
 	time.Sleep(2 * rescanDelay)
-	synctest.Wait()
-	r.table.mu.Lock()
-	defer r.table.mu.Unlock()
-	if len(r.table.dumps) != want {
-		t.Errorf("%s: dumps %v, want %d", what, r.table.dumps, want)
-	}
+	return count() - before
 }
 
 // TestFollow checks that frequent changes cause dumps only for frontends and endpoints with flows.
@@ -148,45 +153,32 @@ func TestFollow(t *testing.T) {
 			flows:   []string{"192.0.2.9:53 192.0.2.9:53"},
 		},
 		{
-			name: "IPv6 has been without a change until now", dumps: 1,
+			name: "IPv6 Service, the first change of IPv6", dumps: 2,
 			changes: []string{"dns6 [fd00:96::10]:53 -> [fd01::1]:53", ""}, flows: []string{"[fd00:96::10]:53 [fd01::1]:53"},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			for _, when := range []string{"before", "after"} {
+			for _, listening := range []bool{true, false} {
 				synctest.Test(t, func(t *testing.T) {
-					add := func(r *testCleaner) {
-						for _, text := range tt.flows {
-							r.table.addFlow(udpFlow(text))
-						}
-					}
-					var r *testCleaner
-					services := []string{dns2, node, "host 192.0.2.9:53 -> 10.0.0.1:53 192.0.2.9:53", "dns6 [fd00:96::10]:53 -> [fd01::1]:53"}
-					r = followingCleaner(t, services...)
+					r := followingCleaner(t, dns2, node, "host 192.0.2.9:53 -> 10.0.0.1:53 192.0.2.9:53", "dns6 [fd00:96::10]:53 -> [fd01::1]:53")
 					r.SetNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
-					if when == "before" { // the follower learns the flows from the dump
-						time.Sleep(time.Hour)
-						add(r)
-						for range 2 * followAfter {
-							r.changeIdleService(t)
-							time.Sleep(200 * time.Millisecond)
-						}
-						time.Sleep(verifyDelay + rescanDelay)
-					} else {
-						add(r)
+					if !listening { // the follower learns the flows from a dump
+						time.Sleep(2 * followIdle)
 					}
-					want := tt.dumps
-					if want == 1 {
-						want = 2 // the first dump makes the follower complete; the rescan finds the key
+					for _, text := range tt.flows {
+						r.table.addFlow(udpFlow(text))
 					}
-					r.expectDumps(t, when+" listening", want, func() {
+					if !listening {
+						r.changeIdleServiceOften(t)
+					}
+					n := r.countDumps(func() {
 						r.OnCommit(applyCommit(tt.changes...))
 						r.expectFlows(t, "immediately", tt.left...)
-						r.table.mu.Lock()
-						r.table.dumps = make([]query, min(want, 1))
-						r.table.mu.Unlock()
 					})
+					if n != tt.dumps {
+						t.Errorf("listening %t when the flows begin: %d dumps, want %d", listening, n, tt.dumps)
+					}
 				})
 			}
 		})
@@ -218,12 +210,8 @@ func TestFollowDuration(t *testing.T) {
 			r.OnCommit(applyCommit(dns, dns2))
 		}
 		expect("rare changes", 0, 0)
-		for range 2 * followAfter {
-			r.changeIdleService(t)
-			time.Sleep(200 * time.Millisecond)
-		}
+		r.changeIdleServiceOften(t)
 		expect("frequent changes", 1, 0)
-		time.Sleep(verifyDelay)
 
 		// The kernel made no event.
 		r.table.setFlows("10.96.0.10:53 10.0.0.2:53")
@@ -317,6 +305,7 @@ func TestFollowBeforeComplete(t *testing.T) {
 		r := startCleaner(t)
 		r.table.events = &fakeEvents{}
 		r.OnCommit(replaceCommit("", dns2))
+		time.Sleep(time.Hour)
 		for range followAfter {
 			r.changeIdleService(t)
 		}
@@ -452,4 +441,3 @@ func checkNoStaleFlowSurvives(t *testing.T, random *rand.Rand) {
 		t.Errorf("%d dumps for %d changes", n, changes)
 	}
 }
-
