@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/dataplane"
 )
@@ -67,3 +70,78 @@ func (unfiltered) close() error { return nil }
 func (u unfiltered) dump(ctx context.Context, q query, visit func(flow) bool) ([]entry, bool, error) {
 	return u.dumpFiltered(ctx, q, nil, visit)
 }
+
+// BenchmarkChangeRate measures the processor time of commits that remove and add an endpoint of a UDP
+// Service without flows, at a constant rate, with and without the kernel's events. It also measures how
+// long the last change takes to delete a stale entry. Choose the number of commits with -benchtime, such
+// as 1780x.
+func BenchmarkChangeRate(b *testing.B) {
+	for _, entries := range []int{1, 100_000} {
+		for _, rate := range []int{10, 200} {
+			for _, follow := range []bool{false, true} {
+				b.Run(fmt.Sprintf("entries=%d/rate=%d/follow=%t", entries, rate, follow), func(b *testing.B) {
+					k := openTable(b, newNamespace(b))
+					unrelated := make([]testEntry, entries)
+					for i := range unrelated {
+						unrelated[i] = newTestEntry(fmt.Sprintf("10.%d.%d.1:%d", 1+i>>16, i>>8&0xff, 1024+i&0xff), "10.97.0.10:53", "10.0.0.9:5353")
+					}
+					insertEntries(b, k, unrelated...)
+					scans, deleted := 0, make(chan time.Time, 1)
+					c := New(Options{OnScan: func(l ScanResult) {
+						if l.Err != nil {
+							b.Error(l.Err)
+						}
+						if scans++; l.Deleted > 0 {
+							deleted <- time.Now()
+						}
+					}})
+					c.open = func() (table, error) {
+						if follow {
+							return uncloseable{k}, nil
+						}
+						return deaf{uncloseable{k}}, nil
+					}
+					ctx, cancel := context.WithCancel(b.Context())
+					done := make(chan error)
+					go func() { done <- c.Run(ctx) }()
+					const one, two = "idle 10.96.9.9:9 -> 10.0.9.1:9", "idle 10.96.9.9:9 -> 10.0.9.1:9 10.0.9.2:9"
+					const dns, dns2 = "dns 10.96.0.10:53 -> 10.0.0.1:53", "dns 10.96.0.10:53 -> 10.0.0.1:53 10.0.0.2:53"
+					c.OnCommit(replaceCommit("", two, "", dns2))
+					time.Sleep(2 * rescanDelay)
+					remove, add := applyCommit(two, one), applyCommit(one, two)
+					start, ticker := processorTime(b), time.NewTicker(time.Second/time.Duration(rate))
+					for b.Loop() {
+						<-ticker.C
+						c.OnCommit(remove)
+						c.OnCommit(add)
+					}
+					b.ReportMetric(float64((processorTime(b)-start).Microseconds())/1000/float64(b.N), "cpu-ms/commit")
+					b.ReportMetric(float64(scans)/float64(b.N), "scans/commit")
+					insertEntries(b, k, newTestEntry("10.1.0.1:1", "10.96.0.10:53", "10.0.0.2:53"))
+					last := time.Now()
+					c.OnCommit(applyCommit(dns2, dns))
+					b.ReportMetric(float64((<-deleted).Sub(last).Microseconds())/1000, "last-ms")
+					cancel()
+					if err := <-done; err != nil {
+						b.Error(err)
+					}
+				})
+			}
+		}
+	}
+}
+
+// processorTime returns the processor time of the process, which includes the kernel's dumps.
+func processorTime(b *testing.B) time.Duration {
+	b.Helper()
+	var usage unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &usage); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// deaf is a kernel without events.
+type deaf struct{ uncloseable }
+
+func (deaf) listen() (flowEvents, error) { return nil, ErrEventsOff }
