@@ -461,6 +461,91 @@ func TestUnansweredSCTPAssociations(t *testing.T) {
 	}
 }
 
+// TestStaleFlowsDuringFrequentChanges checks UDP flows and SCTP packets with fixed source ports while
+// another Service changes so often that the cleaner follows the kernel's events: changes without flows
+// cause no scan, and flows that began before and after still move to another endpoint.
+func TestStaleFlowsDuringFrequentChanges(t *testing.T) {
+	t.Parallel()
+	for _, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
+		t.Run(family.String(), func(t *testing.T) {
+			t.Parallel()
+			c := newConntrackTest(t, family, "a", "b")
+			c.start()
+			arrived := make(chan string, 1000)
+			for name, pod := range c.pods {
+				packets := rawSCTP(t, pod, c.endpoint(name).Addr())
+				go func() {
+					buf := make([]byte, 1500)
+					for {
+						if _, _, err := packets.ReadFrom(buf); err != nil {
+							return
+						}
+						arrived <- name
+					}
+				}()
+			}
+			from := c.client.IPv4
+			if family == dataplane.IPv6 {
+				from = c.client.IPv6
+			}
+			client := rawSCTP(t, c.client, from)
+			const sctpService, idleService = 3, 9
+			checkINIT := func(step, want string) {
+				t.Helper()
+				vip := c.vip(sctpService)
+				if _, err := client.WriteTo(initPacket(36412, vip.Port()), &net.IPAddr{IP: vip.Addr().AsSlice()}); err != nil {
+					t.Fatal(err)
+				}
+				select {
+				case got := <-arrived:
+					if got != want {
+						t.Errorf("%s: INIT arrived at %s, want %s", step, got, want)
+					}
+				case <-time.After(connectTimeout):
+					t.Errorf("%s: INIT did not arrive, want it at %s", step, want)
+				}
+			}
+			changeIdleServices := func(times int) {
+				t.Helper()
+				for range times {
+					c.setService(idleService, []string{"a"}, nil)
+					c.setService(idleService, []string{"a", "b"}, nil)
+					c.setProtocolService(dataplane.SCTP, idleService+1, "a")
+					c.setProtocolService(dataplane.SCTP, idleService+1, "a", "b")
+					time.Sleep(100 * time.Millisecond)
+				}
+			}
+			c.setService(1, []string{"a"}, nil)
+			c.setProtocolService(dataplane.SCTP, sctpService, "a")
+			before := c.open(c.vip(1))
+			c.checkAnswer(before, "before frequent changes", "a")
+			checkINIT("before frequent changes", "a")
+
+			changeIdleServices(30)
+			time.Sleep(2 * time.Second) // rescans
+			scans := c.scans.Load()
+			changeIdleServices(5)
+			if n := c.scans.Load() - scans; n > 1 { // the cleaner verifies every 10 seconds
+				t.Errorf("%d scans for 5 changes of Services without flows, want at most one", n)
+			}
+			after := c.open(c.vip(1))
+			c.checkAnswer(after, "after frequent changes", "a")
+			early := c.open(c.vip(2)) // before the Service exists
+			c.checkAnswer(early, "no Service", "none")
+
+			c.awaitDeletion(func() { c.setService(1, []string{"b"}, nil) })
+			c.checkAnswer(before, "endpoint replaced, flow from before", "b")
+			c.checkAnswer(after, "endpoint replaced, flow from after", "b")
+			c.awaitDeletion(func() { c.setService(2, []string{"a"}, nil) })
+			c.checkAnswer(early, "Service added", "a")
+			c.awaitDeletion(func() { c.setProtocolService(dataplane.SCTP, sctpService, "b") })
+			checkINIT("endpoint replaced", "b")
+			c.awaitDeletion(func() { c.setProtocolService(dataplane.SCTP, sctpService, "a") })
+			checkINIT("endpoint replaced again", "a")
+		})
+	}
+}
+
 // rawSCTP returns a raw socket for SCTP packets on one of the host's addresses.
 func rawSCTP(t *testing.T, host *nettest.Host, addr netip.Addr) net.PacketConn {
 	t.Helper()
