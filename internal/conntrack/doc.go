@@ -52,6 +52,10 @@
 // everything. The kernel walks the whole table for each dump. Therefore no dump runs in the
 // committing goroutine, and the Cleaner pauses between scans for most of the time.
 //
+// While changes are frequent, the Cleaner listens to the kernel's events for new UDP and SCTP entries.
+// It then scans only for frontends and endpoints with flows, and every ten seconds for all changed ones.
+// Rare changes cost less than events would. docs/design/0010-conntrack-cleaning.md has the measurements.
+//
 // TCP endpoints change all the time, so TCP entries are scanned at most every five seconds.
 // The kernel returns only entries without a reply (Linux 5.15), of which there are few. The scans
 // after a Replace include them.
