@@ -228,7 +228,8 @@ func (c *Cleaner) addAttemptQueries(queries map[dataplane.Family][]query) {
 
 // Run scans the entries after each commit that may make entries stale, and once more after a
 // second, until ctx is done. It then returns nil. It retries failed scans, first after a
-// second, later once a minute.
+// second, later once a minute. While commits are frequent, it scans only for frontends and endpoints
+// that have entries according to the kernel's events.
 func (c *Cleaner) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
