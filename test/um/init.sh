@@ -1,11 +1,10 @@
 #!/bin/bash
 # The first process of the kernel that run.sh starts. Its root is this machine's; the command gets
-# an overlay of it, whose changes are in memory. run.sh reads the files output and status.
-exec >"$um_dir/init.log" 2>&1
+# an overlay of it, whose changes are in memory. run.sh reads the files output, status and errors.
+exec >/dev/null 2>"$um_dir/errors"
 set -e
 
 finish() {
-	cat "$um_dir/init.log" >>"$um_dir/output"
 	sync
 	# Without a second exec, the kernel would panic when the first process ends.
 	exec /bin/busybox poweroff -f
@@ -43,4 +42,10 @@ ip link set lo up
 echo um >/proc/sys/kernel/hostname
 # The machine has its own limit of inotify instances, which containers need.
 echo 1024 >$root/proc/sys/fs/inotify/max_user_instances
-chroot $root /bin/bash -c '/bin/bash /mnt/command >/mnt/output 2>&1 </dev/null; echo $? >/mnt/status'
+# The overlay becomes the root of the mount namespace, because nsenter(1) leaves a chroot.
+mkdir $root/run/host
+cd $root
+pivot_root . run/host
+umount -l /run/host
+exec 2>/dev/null
+/bin/bash -c '/bin/bash /mnt/command >/mnt/output 2>&1 </dev/null; echo $? >/mnt/status'

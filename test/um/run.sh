@@ -64,7 +64,7 @@ tail -q -f -n +1 --pid=$kernel "$dir/output"
 wait $kernel || true
 if [ ! -s "$dir/status" ]; then
 	echo "um: the kernel ended without an exit status of the command; the end of its log:" >&2
-	tail -n 40 "$dir/console" >&2
+	tail -n 40 "$dir/console" "$dir/errors" >&2
 	exit 125
 fi
 exit "$(cat "$dir/status")"
