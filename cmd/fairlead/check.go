@@ -87,7 +87,8 @@ func hideUnusedFlags(cmd *cobra.Command, also ...string) {
 func checkOptions(c config.Config) preflight.Options {
 	o := preflight.Options{
 		Mode: c.Mode, Values: c.Values, HealthzAddress: c.HealthzAddress, MetricsAddress: c.MetricsAddress, Conntrack: c.Conntrack,
-		PodNetwork: nodesettings.PodNetwork{CIDRs: c.Tracker.DetectLocal.ClusterCIDRs, Bridge: c.Tracker.DetectLocal.Interface},
+		FlowOffload: c.FlowOffload.Enabled,
+		PodNetwork:  nodesettings.PodNetwork{CIDRs: c.Tracker.DetectLocal.ClusterCIDRs, Bridge: c.Tracker.DetectLocal.Interface},
 	}
 	if c.Manifests == "" {
 		o.API = func(ctx context.Context, r *preflight.Report) { checkAPIServer(ctx, r, c) }

@@ -14,6 +14,7 @@ import (
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/conntrack"
+	"fairlead.io/fairlead/internal/flowoffload"
 	"fairlead.io/fairlead/internal/instance"
 	"fairlead.io/fairlead/internal/kubeproxycleanup"
 	"fairlead.io/fairlead/internal/otherproxy"
@@ -90,7 +91,7 @@ func cleanUp(ctx context.Context, log *slog.Logger, force bool, check func(conte
 		}
 	}
 	if errors.Join(errs...) == nil {
-		errs = append(errs, servicecounters.Remove(0))
+		errs = append(errs, servicecounters.Remove(0), flowoffload.Remove(0))
 	}
 	return errors.Join(errs...)
 }

@@ -23,6 +23,7 @@ import (
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/conntrack"
+	"fairlead.io/fairlead/internal/flowoffload"
 	"fairlead.io/fairlead/internal/health"
 	"fairlead.io/fairlead/internal/history"
 	"fairlead.io/fairlead/internal/metrics"
@@ -89,19 +90,21 @@ type Agent struct {
 	counters *packetCounters
 	// serviceCounters is nil without --service-metrics.
 	serviceCounters *servicecounters.Dataplane
-	source          Source
-	sourceName      string
-	pipeline        *pipeline.Pipeline
-	conntrack       *conntrack.Cleaner
-	relay           *relay.Relay
-	limiters        serverLimiters
-	listeners       listeners
-	healthChecks    *health.Ports
-	nodeHealth      *health.Proxy
-	metrics         *metrics.Metrics
-	history         *history.Recorder // of the status page
-	affinity        *affinityLimiter  // nil if the backend does not need one
-	nodeSettings    *nodesettings.Watcher
+	// flowOffload is nil without --flow-offload.
+	flowOffload  *flowoffload.Dataplane
+	source       Source
+	sourceName   string
+	pipeline     *pipeline.Pipeline
+	conntrack    *conntrack.Cleaner
+	relay        *relay.Relay
+	limiters     serverLimiters
+	listeners    listeners
+	healthChecks *health.Ports
+	nodeHealth   *health.Proxy
+	metrics      *metrics.Metrics
+	history      *history.Recorder // of the status page
+	affinity     *affinityLimiter  // nil if the backend does not need one
+	nodeSettings *nodesettings.Watcher
 	// conntrackSettings are the kernel's settings, conntrack deletes stale entries.
 	conntrackSettings *conntrackSettings
 	dispatcher        *dispatcher
@@ -141,7 +144,11 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a.pipeline = pipeline.New(counted, pipeline.Options{
+	programmed, err := a.newFlowOffload(counted, c.FlowOffload, o.Events)
+	if err != nil {
+		return nil, err
+	}
+	a.pipeline = pipeline.New(programmed, pipeline.Options{
 		Tracker: tracker, Logger: log.With("component", "sync"), ResyncPeriod: resyncPeriod, OnCommit: commits.notify,
 	})
 	a.progress = newProgress(a.pipeline.Syncer.Status)
@@ -222,6 +229,9 @@ func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 	if a.serviceCounters != nil {
 		m.AddServiceConnections(a.readServiceCounters)
 	}
+	if a.flowOffload != nil {
+		m.AddFlowOffload(a.flowOffload.Stats)
+	}
 	m.AddConntrackSettings(func() int { return int(a.conntrackSettings.failing.Load()) })
 	m.AddNodeSettings(func() map[string]int { return countSettingProblems(a.nodeSettings.Problems()) })
 	return m
@@ -238,7 +248,11 @@ func (a *Agent) close(ctx context.Context) {
 	if a.serviceCounters != nil {
 		closeServiceCounters = a.serviceCounters.Close
 	}
-	if err := errors.Join(closeCounters(), closeServiceCounters(), a.dp.Close(), a.standby.release()); err != nil {
+	closeFlowOffload := func() error { return nil }
+	if a.flowOffload != nil {
+		closeFlowOffload = a.flowOffload.Close
+	}
+	if err := errors.Join(closeCounters(), closeServiceCounters(), closeFlowOffload(), a.dp.Close(), a.standby.release()); err != nil {
 		a.log.WarnContext(ctx, "closing the connections to the kernel failed", "error", err)
 	}
 }
@@ -294,6 +308,14 @@ func (a *Agent) Run(ctx context.Context) error {
 			removeServiceCounters(ctx, a.log, a.progress.programmed)
 			return nil
 		})
+	}
+	if a.flowOffload == nil {
+		group.Go(func() error {
+			removeFlowOffload(ctx, a.log, a.progress.programmed)
+			return nil
+		})
+	} else {
+		active(a.flowOffload.Run)
 	}
 	group.Go(func() error {
 		heap.releaseAfter(ctx, a.progress.programmed)

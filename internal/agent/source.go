@@ -22,6 +22,7 @@ type Events interface {
 	HealthCheckFailed(namespace, name string, port uint16, err error)
 	OtherProxy(rules, effect string)
 	TableRebuilt(table, reason string)
+	FlowOffloadFailed(err error)
 	// ModeReplaced reports that another mode of kube-proxy is configured than the one that
 	// Fairlead runs in.
 	ModeReplaced(notice string)
@@ -57,6 +58,9 @@ func (NoEvents) OtherProxy(string, string) {}
 
 // TableRebuilt implements Events.
 func (NoEvents) TableRebuilt(string, string) {}
+
+// FlowOffloadFailed implements Events.
+func (NoEvents) FlowOffloadFailed(error) {}
 
 // ModeReplaced implements Events.
 func (NoEvents) ModeReplaced(string) {}

@@ -20,6 +20,7 @@ import (
 
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/conntracksettings"
+	"fairlead.io/fairlead/internal/flowoffload"
 	"fairlead.io/fairlead/internal/servicecounters"
 	"fairlead.io/fairlead/kube"
 )
@@ -74,8 +75,16 @@ type Config struct {
 	OwnTables bool
 	// ServiceMetrics selects the Services whose connections are counted.
 	ServiceMetrics []servicecounters.Selector
+	FlowOffload    FlowOffload
 	Profiling      bool
 	LogFormat      string
+}
+
+// FlowOffload describes which connections are put into a flowtable.
+type FlowOffload struct {
+	Enabled, Hardware bool
+	// Threshold is the number of packets after which a connection is offloaded.
+	Threshold uint32
 }
 
 // APIServer describes how to connect to the API server.
@@ -236,6 +245,7 @@ func parse(in input) (Config, error) {
 	c.GiveWayAfter = p.giveWayAfter()
 	c.OwnTables = p.boolean("nft-own-table")
 	c.ServiceMetrics = p.serviceMetrics()
+	c.FlowOffload = p.flowOffload(c.Mode)
 	c.Profiling = p.boolean("profiling")
 	c.LogLevel, c.LogFormat = p.logging()
 	p.warnIgnored(&c)
@@ -253,6 +263,33 @@ func (p *parser) setDryRun(c *Config) {
 		}
 	}
 }
+
+// The values of --flow-offload.
+const (
+	flowOffloadOff      = "off"
+	flowOffloadSoftware = "software"
+	flowOffloadHardware = "hardware"
+)
+
+// flowOffload returns the settings of the flowtable.
+func (p *parser) flowOffload(mode string) FlowOffload {
+	const name = "flow-offload"
+	f := FlowOffload{Threshold: uint32(p.integer(name+"-threshold", 1, math.MaxInt32))} //nolint:gosec // in range
+	switch value := p.text(name); value {
+	case flowOffloadOff:
+	case flowOffloadSoftware, flowOffloadHardware:
+		f.Enabled, f.Hardware = true, value == flowOffloadHardware
+	default:
+		p.fail(name, "unknown value %q: use %s, %s or %s", value, flowOffloadOff, flowOffloadSoftware, flowOffloadHardware)
+	}
+	if f.Enabled && mode != backend.NFT {
+		p.fail(name, "requires --mode=%s: IPVS receives packets as if they were for the node itself, and the kernel offloads only packets that the node forwards: remove the flag or change the mode", backend.NFT)
+	}
+	return f
+}
+
+// defaultFlowOffloadThreshold returns the default of --flow-offload-threshold as text.
+func defaultFlowOffloadThreshold() string { return strconv.Itoa(flowoffload.DefaultThreshold) }
 
 // serviceMetrics returns the Services whose connections are counted.
 func (p *parser) serviceMetrics() []servicecounters.Selector {
@@ -685,6 +722,7 @@ func (c Config) RestartRequired(o Config) []string {
 		"give-way-after":           c.GiveWayAfter == o.GiveWayAfter,
 		"nft-own-table":            c.OwnTables == o.OwnTables,
 		"service-metrics":          slices.Equal(c.ServiceMetrics, o.ServiceMetrics),
+		"flow-offload":             c.FlowOffload == o.FlowOffload,
 		"the log format":           c.LogFormat == o.LogFormat,
 		"settings for --manifests": slices.Equal(c.ServiceCIDRs, o.ServiceCIDRs) && c.DNSListen == o.DNSListen && c.ClusterDomain == o.ClusterDomain,
 	} {

@@ -135,6 +135,16 @@ func settings() []setting {
 				"Services of a namespace. At most 20000 addresses of Services and of their endpoints are counted. Empty: none",
 		},
 		{
+			name: "flow-offload", kind: kindString, fairleadOnly: true, defaultValue: flowOffloadOff,
+			completions: []string{flowOffloadOff, flowOffloadSoftware, flowOffloadHardware},
+			usage: "put established TCP connections and UDP flows to Services into a flowtable, so that their packets bypass the netfilter " +
+				"hooks of this node: software, hardware (where the drivers of the interfaces can), or off. Only with --mode=nft",
+		},
+		{
+			name: "flow-offload-threshold", kind: kindInt, fairleadOnly: true, defaultValue: defaultFlowOffloadThreshold(),
+			usage: "with --flow-offload, packets of a connection, in both directions, after which it is offloaded",
+		},
+		{
 			name: "nft-own-table", kind: kindBool, fairleadOnly: true, defaultValue: "false",
 			usage: "own the nftables tables: while Fairlead runs, the kernel rejects changes to them by other programs, and nft flush ruleset " +
 				"skips them. Requires Linux 6.9 or newer",

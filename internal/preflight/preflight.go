@@ -11,6 +11,7 @@ import (
 
 	"fairlead.io/fairlead/internal/backend"
 	"fairlead.io/fairlead/internal/conntracksettings"
+	"fairlead.io/fairlead/internal/flowoffload"
 	"fairlead.io/fairlead/internal/instance"
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/otherproxy"
@@ -24,7 +25,9 @@ type Options struct {
 	// HealthzAddress and MetricsAddress are host:port, or empty for no server.
 	HealthzAddress, MetricsAddress string
 	Conntrack                      conntracksettings.Settings
-	PodNetwork                     nodesettings.PodNetwork
+	// FlowOffload checks for flowtables, which --flow-offload needs.
+	FlowOffload bool
+	PodNetwork  nodesettings.PodNetwork
 	// API checks the API server. Nil means no API server.
 	API func(context.Context, *Report)
 }
@@ -37,6 +40,9 @@ func Run(ctx context.Context, o Options) *Report {
 	c.checkKernel()
 	c.checkCapabilities()
 	c.checkModes(ctx)
+	if o.FlowOffload {
+		c.checkFlowOffload()
+	}
 	c.checkInstance(ctx)
 	c.checkForwarding()
 	c.checkNodeSettings()
@@ -213,6 +219,22 @@ func (c *checker) checkModes(ctx context.Context) {
 			c.Add(check, status, fix, "does not work on this kernel: %v", err)
 		}
 	}
+}
+
+// checkFlowOffload creates a flowtable in a network namespace of its own.
+func (c *checker) checkFlowOffload() {
+	const check = "flow-offload"
+	namespace, err := newNamespace()
+	if err != nil {
+		c.Add(check, Warning, "run the command as root on the node", "not tried: %v", err)
+		return
+	}
+	defer namespace.Close() //nolint:errcheck // nothing was written to it
+	if err := flowoffload.Check(int(namespace.Fd())); err != nil {
+		c.Add(check, Warning, "remove --flow-offload, or use a kernel with the missing feature", "connections would not be offloaded: %v", err)
+		return
+	}
+	c.Add(check, OK, "", "a flowtable was created in a network namespace of its own")
 }
 
 // isFairlead reports whether a table belongs to Fairlead.

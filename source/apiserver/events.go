@@ -50,6 +50,9 @@ const (
 	// ReasonTableRebuilt is for a Node on which an nftables table could not be repaired in
 	// place.
 	ReasonTableRebuilt = "TableRebuilt"
+	// ReasonFlowOffload is for a Node on which connections are not offloaded to a flowtable,
+	// although this is configured.
+	ReasonFlowOffload = "FlowOffloadFailed"
 )
 
 const (
@@ -265,6 +268,15 @@ func (e *Events) TableRebuilt(table, reason string) {
 	e.warnLocked(e.node, report{
 		reason: ReasonTableRebuilt, action: "RepairTable",
 		note: fmt.Sprintf("nftables table %s was rebuilt because %s. Established connections continue; session affinity is lost", table, reason),
+	})
+}
+
+// FlowOffloadFailed reports that connections are not offloaded to a flowtable. Services are not
+// affected.
+func (e *Events) FlowOffloadFailed(err error) {
+	e.warnNode(report{
+		reason: ReasonFlowOffload, action: "ProgramFlowtable",
+		note: fmt.Sprintf("connections are not offloaded to a flowtable; Services are not affected: %v", err),
 	})
 }
 
