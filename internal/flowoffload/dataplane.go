@@ -59,8 +59,8 @@ type Dataplane struct {
 	// that the kernel does not accept.
 	desired         []flowdevices.Device
 	active, refused map[flowdevices.Device]struct{}
-	// started is set after the first Replace. built is set once this process has created the table.
-	started, built bool
+	// started is set after the first Replace, devicesKnown once desired is known.
+	started, devicesKnown bool
 	// intact is set while the kernel has the state that these fields describe.
 	intact bool
 	err    error // why it is not intact, nil before the first attempt
@@ -191,8 +191,13 @@ func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error
 func (d *Dataplane) setDevices(devices []flowdevices.Device) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.desired = devices
-	if d.intact {
+	first := !d.devicesKnown
+	d.desired, d.devicesKnown = devices, true
+	switch {
+	case !d.intact:
+	case first:
+		d.report(context.Background(), d.compare(false))
+	default:
 		d.report(context.Background(), d.writeDevices(false))
 	}
 }
@@ -209,24 +214,24 @@ func (d *Dataplane) repair(ctx context.Context) {
 // compare makes the kernel's table contain the devices and, if it was missing or all is set, the
 // frontends. The caller holds mu.
 func (d *Dataplane) compare(all bool) error {
-	var c *content
-	if d.built {
-		var err error
-		if c, err = d.table.read(d.conn, all); err != nil {
-			return err
-		}
+	c, err := d.table.read(d.conn, all)
+	if err != nil {
+		return err
 	}
 	if c == nil {
 		if err := d.table.build(d.conn); err != nil {
 			return fmt.Errorf("create the flowtable: %w", explain(err))
 		}
-		d.built, all, c = true, true, &content{}
+		all, c = true, &content{}
 	}
 	var errs []error
 	if all {
 		errs = append(errs, d.compareFrontends(c))
 	}
-	return errors.Join(append(errs, d.compareDevices(c), d.writeDevices(true))...)
+	if d.devicesKnown {
+		errs = append(errs, d.compareDevices(c), d.writeDevices(true))
+	}
+	return errors.Join(errs...)
 }
 
 // compareFrontends writes the differences of the frontends. The caller holds mu.
@@ -249,14 +254,14 @@ func (d *Dataplane) compareFrontends(c *content) error {
 // The caller holds mu.
 func (d *Dataplane) compareDevices(c *content) error {
 	names, indices := map[string]struct{}{}, map[uint32]struct{}{}
-	for device := range d.active {
+	clear(d.active)
+	for _, device := range d.desired {
 		_, hooked := c.hooks[device.Name]
 		_, listed := c.devices[device.Index]
-		if !hooked || !listed {
-			delete(d.active, device)
-			continue
+		if hooked && listed {
+			d.active[device] = struct{}{}
+			names[device.Name], indices[device.Index] = struct{}{}, struct{}{}
 		}
-		names[device.Name], indices[device.Index] = struct{}{}, struct{}{}
 	}
 	var errs []error
 	var unknown []flowdevices.Device

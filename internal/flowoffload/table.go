@@ -10,6 +10,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/dataplane"
@@ -40,14 +41,11 @@ const (
 
 // table describes the table.
 type table struct {
-	nf                 *nftables.Table
-	devices            *nftables.Set
-	frontends4         *nftables.Set
-	frontends6         *nftables.Set
-	threshold          uint64
-	hardware, withUDP  bool
-	forward, offload   *nftables.Chain
-	forwardN, offloadN int // numbers of rules
+	nf                              *nftables.Table
+	devices, frontends4, frontends6 *nftables.Set
+	threshold                       uint64
+	hardware, withUDP               bool
+	forward, offload                *nftables.Chain
 }
 
 func newTable(threshold uint32, hardware, withUDP bool) *table {
@@ -98,16 +96,21 @@ func (t *table) build(conn *nftables.Conn) error {
 	conn.AddObj(&nftables.CounterObj{Table: t.nf, Name: counterName})
 	conn.AddChain(t.offload)
 	conn.AddChain(t.forward)
-	offload := [][]expr.Any{
-		t.offloadRule(t.frontends4, false), t.offloadRule(t.frontends4, true),
-		t.offloadRule(t.frontends6, false), t.offloadRule(t.frontends6, true),
+	for _, frontends := range []*nftables.Set{t.frontends4, t.frontends6} {
+		for _, nodePort := range []bool{false, true} {
+			conn.AddRule(&nftables.Rule{Table: t.nf, Chain: t.offload, Exprs: t.offloadRule(frontends, nodePort)})
+		}
 	}
-	for _, exprs := range offload {
-		conn.AddRule(&nftables.Rule{Table: t.nf, Chain: t.offload, Exprs: exprs})
-	}
-	conn.AddRule(&nftables.Rule{Table: t.nf, Chain: t.forward, Exprs: t.forwardRule()})
-	t.forwardN, t.offloadN = 1, len(offload)
+	conn.AddRule(&nftables.Rule{
+		Table: t.nf, Chain: t.forward, Exprs: t.forwardRule(), UserData: userdata.AppendString(nil, userdata.TypeComment, t.description()),
+	})
 	return conn.Flush()
+}
+
+// description identifies the rules and their settings. It is the comment of the rule in chain forward,
+// so that a restart finds out whether the table is the one that it would build.
+func (t *table) description() string {
+	return fmt.Sprintf("version 1, threshold %d, hardware %t, UDP %t", t.threshold, t.hardware, t.withUDP)
 }
 
 // reg returns the register at an offset in 32-bit words, as the kernel numbers it in a listing.
@@ -202,7 +205,7 @@ type content struct {
 }
 
 // read returns the devices and, if all is set, the frontends. It returns nil if the table does not
-// exist or lacks a part.
+// exist, lacks a part, or was built with other settings.
 func (t *table) read(conn *nftables.Conn, all bool) (*content, error) {
 	c := &content{hooks: map[string]struct{}{}, devices: map[uint32]struct{}{}, frontends: map[dataplane.Frontend]struct{}{}}
 	hooks, complete, err := t.readStructure(conn)
@@ -248,16 +251,20 @@ func (t *table) readStructure(conn *nftables.Conn) (hooks []string, complete boo
 	if i < 0 {
 		return nil, false, nil
 	}
-	for chain, want := range map[*nftables.Chain]int{t.forward: t.forwardN, t.offload: t.offloadN} {
-		rules, err := conn.GetRules(t.nf, chain)
+	var rules []*nftables.Rule
+	for _, chain := range []*nftables.Chain{t.forward, t.offload} {
+		of, err := conn.GetRules(t.nf, chain)
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return nil, false, fmt.Errorf("list chain %s of table inet %s: %w", chain.Name, TableName, err)
 		}
-		if len(rules) != want {
-			return nil, false, nil
-		}
+		rules = append(rules, of...)
 	}
-	return flowtables[i].Devices, true, nil
+	const ruleCount = 5
+	if len(rules) != ruleCount {
+		return nil, false, nil
+	}
+	comment, _ := userdata.GetString(rules[0].UserData, userdata.TypeComment)
+	return flowtables[i].Devices, comment == t.description(), nil
 }
 
 // Remove removes the table from the network namespace of a file descriptor, or of the calling thread
