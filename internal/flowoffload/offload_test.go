@@ -172,8 +172,8 @@ func (n *testNode) deviceNames() []string {
 	return names
 }
 
-// hooked returns the devices of the flowtable, sorted.
-func (n *testNode) hooked() []string {
+// flowtable returns the flowtable in the kernel, an empty one without it.
+func (n *testNode) flowtable() *nftables.Flowtable {
 	n.t.Helper()
 	conn, err := nftables.New(nftables.WithNetNSFd(n.Node.Fd()))
 	if err != nil {
@@ -181,9 +181,15 @@ func (n *testNode) hooked() []string {
 	}
 	flowtables, err := conn.ListFlowtables(&nftables.Table{Name: TableName, Family: nftables.TableFamilyINet})
 	if err != nil || len(flowtables) != 1 {
-		return nil
+		return &nftables.Flowtable{}
 	}
-	return slices.Sorted(slices.Values(flowtables[0].Devices))
+	return flowtables[0]
+}
+
+// hooked returns the devices of the flowtable, sorted.
+func (n *testNode) hooked() []string {
+	n.t.Helper()
+	return slices.Sorted(slices.Values(n.flowtable().Devices))
 }
 
 // countForwarded adds a table that counts the packets in the hook forward.
@@ -627,8 +633,8 @@ func TestRepair(t *testing.T) {
 	}
 }
 
-// TestRestart checks that a restart with the same settings leaves offloaded connections alone, and that
-// one with other settings creates the table again.
+// TestRestart checks that a restart with the same settings keeps the flowtable, and that one with other
+// settings creates the table again.
 func TestRestart(t *testing.T) {
 	n := newTestNode(t, Options{})
 	const to = "tcp 10.96.0.10:80"
@@ -638,12 +644,14 @@ func TestRestart(t *testing.T) {
 	c := n.open(n.pods[0], to)
 	c.awaitOffload()
 	n.stop()
+	handle := n.flowtable().Handle
 	n.addPod("new")
 	n.start(Options{})
 	n.replace(service)
-	if !c.bypasses() || n.dp.Stats().Offloaded == 0 {
-		t.Error("a restart ends offloaded connections")
+	if got := n.flowtable().Handle; got != handle || n.dp.Stats().Offloaded == 0 {
+		t.Errorf("a restart creates the table again: handle %d after %d, %+v", got, handle, n.dp.Stats())
 	}
+	c.awaitOffload()
 	content, err := n.dp.table.read(n.dp.conn, true)
 	if err != nil || len(content.frontends) != 1 {
 		t.Errorf("frontends %v, error %v, want one", content.frontends, err)
