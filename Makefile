@@ -249,7 +249,7 @@ KERNEL ?= $(KERNELS-$(ARCH))
 QEMU-package-arm64 := qemu-system-arm
 QEMU-package-ppc64le := qemu-system-ppc
 QEMU-package-s390x := qemu-system-misc
-PKG ?= ./nft ./ipvs $(if $(filter amd64,$(ARCH)),./ipvs/reloadtest ./internal/kmod ./internal/inspect ./internal/nfhooks ./internal/servicecounters ./cmd/fairlead)
+PKG ?= ./nft ./ipvs $(if $(filter amd64,$(ARCH)),./ipvs/reloadtest ./internal/kmod ./internal/inspect ./internal/nfhooks ./internal/servicecounters ./internal/flowoffload ./cmd/fairlead)
 VMTIMEOUT ?= 30m
 ACCEL ?= tcg
 
@@ -264,10 +264,13 @@ VMSKIP-nft-6.1 := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoi
 VMRUN-nft-6.12 := ^(TestDrift|TestTableOwnership|TestOwnershipHandover|TestDumpDuringResize|TestElementStatementsRemoved)$$
 VMSKIP-ipvs-6.1 := ^(TestBehaviour|TestExplanations)$$
 VMRUN-ipvs-6.12 := ^TestBehaviour$$|^TestExplanations$$/^(source_ranges|external_traffic_policy_Local|connections_without_endpoints_are_rejected)$$
+# Connections are offloaded to flowtables, which many machines' kernels lack. Before Linux 6.4 only TCP is.
+VMSKIP-flowoffload-6.1 := ^TestBehaviour$$
+VMSKIP-flowoffload-6.12 := ^TestBehaviour$$/(session_affinity_of_many_clients|1000_endpoints|Read_returns)
 # Tests of packages that need IPVS or the kernel's list of hooks only for some of them.
 VMRUN-partly := IPVS|^(TestTranslators|TestFunctions)$$
 VMSKIP-cmd-6.1 := ^TestSwitchModes$$
-VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go | paste -sd '|'))$$
+VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go cmd/fairlead/flow_offload_test.go | paste -sd '|'))$$
 # Additional files for the tests of cmd/fairlead.
 VMWITH-cmd := $(if $(wildcard .cache/kube-proxy/kube-proxy),-with=$(CURDIR)/.cache/kube-proxy/kube-proxy)
 
@@ -300,12 +303,13 @@ test-vm: vm ## run tests in virtual machines with Debian's kernels; ARCH=s390x K
 	@$(MAKE) --no-print-directory $(if $(filter .,$(RUN)),-j2) $(KERNEL:%=test-vm-%)
 
 test-vm-%: partly = $(filter ./internal/inspect ./internal/nfhooks ./internal/servicecounters,$(PKG))
-test-vm-%: others = $(filter-out ./nft ./ipvs ./cmd/fairlead $(partly),$(PKG))
+test-vm-%: others = $(filter-out ./nft ./ipvs ./internal/flowoffload ./cmd/fairlead $(partly),$(PKG))
 test-vm-%: FORCE
 	$(if $(others),$(call VMTEST,$*,$(others)))
 	$(if $(partly),$(call VMTEST,$*,$(partly),,$(VMRUN-partly)))
 	$(if $(filter ./ipvs,$(PKG)),$(call VMTEST,$*,./ipvs,$(call VMSKIP-ipvs,$*),$(if $(FULL),,$(call VMRUN-ipvs,$*))))
 	$(if $(filter ./nft,$(PKG)),$(call VMTEST,$*,./nft,$(VMSKIP-nft-$*),$(if $(FULL),,$(call VMRUN-nft,$*))))
+	$(if $(filter ./internal/flowoffload,$(PKG)),$(call VMTEST,$*,./internal/flowoffload,$(VMSKIP-flowoffload-$*)))
 	$(if $(filter ./cmd/fairlead,$(PKG)),$(call VMTEST,$*,./cmd/fairlead,$(VMSKIP-cmd-$*),$(VMRUN-cmd),$(if $(filter .,$(RUN)),,$(VMWITH-cmd))))
 
 FORCE:

@@ -207,6 +207,15 @@ func TestInvalidUsage(t *testing.T) {
 			[]string{"run", folder, "--ipvs-tcp-timeout=900"},
 			"fairlead: --ipvs-tcp-timeout: \"900\" is not a value of type duration, and the flag has no effect: remove it\n",
 		},
+		{"flow offload", []string{"run", folder, "--flow-offload=on"}, "fairlead: --flow-offload: unknown value \"on\": use off, software or hardware\n"},
+		{"flow offload without packets", []string{"run", folder, "--flow-offload-threshold=0"}, "fairlead: --flow-offload-threshold: \"0\" is not an integer from 1 to 2147483647\n"},
+		{
+			"flow offload of IPVS",
+			[]string{"run", folder, "--mode=ipvs", "--flow-offload=software"},
+			"fairlead: --flow-offload: requires --mode=nft: IPVS receives packets as if they were for the node itself, and the kernel " +
+				"offloads only packets that the node forwards: remove the flag or change the mode\n",
+		},
+		{"no flow offload of IPVS", []string{"run", folder, "--mode=ipvs", "--flow-offload=off"}, missing},
 		{"node port addresses with spaces, repeated", []string{"run", folder, "--nodeport-addresses=primary, 10.0.0.1/8", "--nodeport-addresses=localhost"}, missing},
 		{"bind address", []string{"run", folder, "--bind-address=node"}, "fairlead: --bind-address: \"node\" is not an IP address: write it as 192.0.2.1 or 2001:db8::1\n"},
 
@@ -421,7 +430,7 @@ func TestHelp(t *testing.T) {
 			"--mode ", "--manifests ", "--service-cidr ", "--cluster-cidr ", "--dns-listen ", "--cluster-domain ",
 			"--hostname-override ", "--log-level ", "--log-format ", "--kubeconfig ", "--nodeport-addresses ",
 			"--healthz-bind-address ", "--metrics-bind-address ", "-v, --v ", "--batch-period ", "--mass-removal-delay ", "--give-way-after ",
-			"--nft-own-table ", "--version ", "--cleanup ", "--write-config-to ", "--kube-proxy-defaults ", "--iptables-localhost-nodeports ",
+			"--flow-offload ", "--flow-offload-threshold ", "--nft-own-table ", "--version ", "--cleanup ", "--write-config-to ", "--kube-proxy-defaults ", "--iptables-localhost-nodeports ",
 		}},
 		{[]string{"cleanup", "--help"}, []string{"Remove everything", "programs' rules are not changed", "--kube-proxy"}},
 	}

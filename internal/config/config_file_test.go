@@ -53,6 +53,7 @@ func defaultConfig() Config {
 		Mode: backend.NFT, ProxyMode: "nftables", ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", StatusAddress: "127.0.0.1:10265", LogFormat: "text",
 		API:          APIServer{Label: "--kubeconfig", QPS: 5, Burst: 10, BatchPeriod: 50 * time.Millisecond, MassRemovalDelay: time.Minute},
 		GiveWayAfter: time.Minute,
+		FlowOffload:  FlowOffload{Threshold: 20},
 		Conntrack: conntracksettings.Settings{
 			MaxPerCore: 32 << 10, Min: 128 << 10, TCPEstablishedTimeout: 24 * time.Hour, TCPCloseWaitTimeout: time.Hour,
 		},
@@ -122,6 +123,8 @@ func TestFlags(t *testing.T) {
 		{"batch period", []string{"--batch-period=1s"}, func(c *Config) { c.API.BatchPeriod = time.Second }},
 		{"no precedence after exit", []string{"--give-way-after=0"}, func(c *Config) { c.GiveWayAfter = 0 }},
 		{"own tables", []string{"--nft-own-table"}, func(c *Config) { c.OwnTables = true }},
+		{"flow offload", []string{"--flow-offload=software", "--flow-offload-threshold=100"}, func(c *Config) { c.FlowOffload = FlowOffload{Enabled: true, Threshold: 100} }},
+		{"flow offload by hardware", []string{"--flow-offload=hardware"}, func(c *Config) { c.FlowOffload.Enabled, c.FlowOffload.Hardware = true, true }},
 		{"service metrics", []string{"--service-metrics=default/web, kube-system/*"}, func(c *Config) {
 			c.ServiceMetrics = []servicecounters.Selector{{Namespace: "default", Name: "web"}, {Namespace: "kube-system"}}
 		}},

@@ -6,7 +6,7 @@
 // It has an nftables table of its own, `inet fairlead-flows`. The tables of the backend do not change.
 //
 //	flowtable flows {              # flags offload with [Hardware]
-//		hook ingress priority filter + 100
+//		hook ingress priority 100
 //		devices = { eth0, vethc0ffee }
 //		counter
 //	}
@@ -20,7 +20,7 @@
 //	}
 //	counter offloaded
 //	chain forward {
-//		type filter hook forward priority filter + 200
+//		type filter hook forward priority 200
 //		ct status dnat ct state established iif @devices oif @devices ct packets > 20 goto offload
 //	}
 //	chain offload {

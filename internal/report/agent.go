@@ -59,7 +59,7 @@ func Configuration(a Agent) Part {
 				"mode": c.Mode, "proxyMode": c.ProxyMode, "node": c.Tracker.NodeName, "manifests": c.Manifests, "serviceCIDRs": c.ServiceCIDRs,
 				"dnsListen": c.DNSListen, "kubeconfig": c.API.Kubeconfig, "master": c.API.Master, "batchPeriod": c.API.BatchPeriod.String(),
 				"massRemovalDelay": c.API.MassRemovalDelay.String(), "healthzAddress": c.HealthzAddress, "metricsAddress": c.MetricsAddress,
-				"statusAddress": c.StatusAddress, "giveWayAfter": c.GiveWayAfter.String(), "ownTables": c.OwnTables, "serviceProxyName": c.Tracker.ServiceProxyName,
+				"statusAddress": c.StatusAddress, "giveWayAfter": c.GiveWayAfter.String(), "ownTables": c.OwnTables, "flowOffload": c.FlowOffload, "serviceProxyName": c.Tracker.ServiceProxyName,
 			}
 			var warnings []string
 			for _, w := range c.Warnings {
