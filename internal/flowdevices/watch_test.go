@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/internal/nettest"
 )
@@ -17,7 +18,7 @@ import (
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	ns := nettest.NamespaceT(t)
-	handle, err := netlink.NewHandleAt(netns.NsHandle(ns.Fd()))
+	handle, err := netlink.NewHandleAt(netns.NsHandle(ns.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
 		t.Fatal(err)
 	}
