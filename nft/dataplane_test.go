@@ -281,10 +281,10 @@ func randomSpec(random *rand.Rand, list []dataplane.Endpoint, address func(first
 			spec.SourceRanges = append(spec.SourceRanges, netip.PrefixFrom(a, random.IntN(a.BitLen()+1)).Masked())
 		}
 	}
-	switch n := random.IntN(20); {
+	switch n := random.IntN(300); {
 	case n == 0: // rarely, because such a Service has many elements
 		spec.Scheduler = dataplane.SourceHash
-	case n < 6:
+	case n < 90:
 		spec.Scheduler = dataplane.RoundRobin
 	}
 	return spec

@@ -60,7 +60,7 @@ func (g generator) spec(family dataplane.Family) dataplane.ServiceSpec {
 	if g.random.IntN(3) == 0 {
 		spec.Affinity = []time.Duration{time.Second, 3 * time.Hour, 18 * time.Hour, dataplane.MaxAffinity}[g.random.IntN(4)]
 	}
-	if g.random.IntN(12) == 0 { // rarely, because a backend may need many elements for it
+	if g.random.IntN(100) == 0 { // rarely, because a backend may need many elements for it
 		spec.Scheduler = dataplane.SourceHash
 	}
 	if g.random.IntN(4) == 0 {
