@@ -49,7 +49,7 @@ func openFlowEvents(netns, receiveBuffer int) (flowEvents, error) {
 	if e.conn, err = netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns}); err != nil {
 		return nil, errors.Join(fmt.Errorf("open netlink socket for connection-tracking events: %w", explain(err)), setting.Close())
 	}
-	filter, err := bpf.Assemble(flowFilter)
+	filter, err := bpf.Assemble(flowFilter())
 	if err == nil {
 		// Without NETLINK_NO_ENOBUFS, the socket reports a full buffer.
 		err = errors.Join(e.conn.SetReadBuffer(receiveBuffer), e.conn.SetBPF(filter))
@@ -150,20 +150,22 @@ func visitFlows(datagram []byte, visit func(flow)) {
 	}
 }
 
-// flowFilter is a socket filter that passes UDP and SCTP entries. It finds CTA_PROTO_NUM in
+// flowFilter returns a socket filter that passes UDP and SCTP entries. It finds CTA_PROTO_NUM in
 // CTA_TUPLE_PROTO in CTA_TUPLE_ORIG. The attributes begin after a struct nlmsghdr and a struct nfgenmsg.
-var flowFilter = []bpf.Instruction{
-	bpf.LoadConstant{Dst: bpf.RegA, Val: unix.NLMSG_HDRLEN + nfHeaderLen},
-	bpf.LoadConstant{Dst: bpf.RegX, Val: ctaTupleOrig},
-	bpf.LoadExtension{Num: bpf.ExtNetlinkAttr},
-	bpf.LoadConstant{Dst: bpf.RegX, Val: ctaTupleProto},
-	bpf.LoadExtension{Num: bpf.ExtNetlinkAttrNested},
-	bpf.LoadConstant{Dst: bpf.RegX, Val: ctaProtoNum},
-	bpf.LoadExtension{Num: bpf.ExtNetlinkAttrNested},
-	bpf.TAX{},
-	bpf.LoadIndirect{Off: unix.NLA_HDRLEN, Size: 1},
-	bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_UDP, SkipTrue: 2},
-	bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_SCTP, SkipTrue: 1},
-	bpf.RetConstant{Val: 0},
-	bpf.RetConstant{Val: 1<<32 - 1},
+func flowFilter() []bpf.Instruction {
+	return []bpf.Instruction{
+		bpf.LoadConstant{Dst: bpf.RegA, Val: unix.NLMSG_HDRLEN + nfHeaderLen},
+		bpf.LoadConstant{Dst: bpf.RegX, Val: ctaTupleOrig},
+		bpf.LoadExtension{Num: bpf.ExtNetlinkAttr},
+		bpf.LoadConstant{Dst: bpf.RegX, Val: ctaTupleProto},
+		bpf.LoadExtension{Num: bpf.ExtNetlinkAttrNested},
+		bpf.LoadConstant{Dst: bpf.RegX, Val: ctaProtoNum},
+		bpf.LoadExtension{Num: bpf.ExtNetlinkAttrNested},
+		bpf.TAX{},
+		bpf.LoadIndirect{Off: unix.NLA_HDRLEN, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_UDP, SkipTrue: 2},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_SCTP, SkipTrue: 1},
+		bpf.RetConstant{Val: 0},
+		bpf.RetConstant{Val: 1<<32 - 1},
+	}
 }

@@ -24,7 +24,7 @@ func TestFlowEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer events.close()
+	defer func() { _ = events.close() }()
 	receive := func() (got []string) {
 		t.Helper()
 		if err := events.receive(func(f flow) { got = append(got, fmt.Sprintf("%d %s %s", f.protocol, f.destination, f.endpoint)) }); err != nil {
@@ -58,7 +58,7 @@ func TestFlowEventsLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer events.close()
+	defer func() { _ = events.close() }()
 	for i := range 1000 {
 		insertEntries(t, k, newTestEntry(fmt.Sprintf("10.1.%d.%d:53", i/200, i%200), "10.96.0.10:53", ""))
 	}
@@ -88,7 +88,7 @@ func TestFlowEventsOff(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer events.close()
+	defer func() { _ = events.close() }()
 	if err := events.receive(func(flow) {}); err != nil {
 		t.Error(err)
 	}
@@ -126,16 +126,16 @@ func TestFollowWithKernel(t *testing.T) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	time.Sleep(2 * rescanDelay)
-	drain := func() (n, deleted int) {
+	drain := func() (n int) {
 		for {
 			select {
 			case s := <-scans:
 				if s.Err != nil {
 					t.Fatal(s.Err)
 				}
-				n, deleted = n+1, deleted+s.Deleted
+				n++
 			default:
-				return n, deleted
+				return n
 			}
 		}
 	}
@@ -143,7 +143,7 @@ func TestFollowWithKernel(t *testing.T) {
 		drain()
 		c.OnCommit(applyCommit(idle2, idle, idle, idle2))
 		time.Sleep(300 * time.Millisecond)
-		if n, _ := drain(); n == 0 {
+		if drain() == 0 {
 			break
 		}
 		if time.Since(begin) > time.Minute {
@@ -156,7 +156,7 @@ func TestFollowWithKernel(t *testing.T) {
 		time.Sleep(50 * time.Millisecond)
 	}
 	time.Sleep(2 * rescanDelay)
-	if n, _ := drain(); n > 1+int(time.Since(begin)/verifyDelay) {
+	if n := drain(); n > 1+int(time.Since(begin)/verifyDelay) {
 		t.Errorf("%d scans for 20 changes of a Service without flows in %s, want one every %s", n, time.Since(begin), verifyDelay)
 	}
 	// The follower knows this flow from its dump, and the next one from an event.
@@ -167,10 +167,7 @@ func TestFollowWithKernel(t *testing.T) {
 		}
 		c.OnCommit(applyCommit(dns2, dns))
 		deadline := time.Now().Add(verifyDelay / 2)
-		for {
-			if slices.Equal(dumpAll(t, k), []string{kept.text()}) {
-				break
-			}
+		for !slices.Equal(dumpAll(t, k), []string{kept.text()}) {
 			if time.Now().After(deadline) {
 				t.Fatalf("entries %v, want the one to the remaining endpoint", dumpAll(t, k))
 			}

@@ -332,6 +332,7 @@ func TestNoStaleFlowSurvives(t *testing.T) {
 }
 
 func checkNoStaleFlowSurvives(t *testing.T, random *rand.Rand) {
+	t.Helper()
 	r := startCleaner(t)
 	r.table.events = &fakeEvents{}
 	r.SetNode(dataplane.Node{NodePortAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})

@@ -59,7 +59,7 @@ func TestDevices(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", test.name, diff)
 		}
 	}
-	if d := (links)(nil).devices(PodInterfaces{}); len(d) != 0 {
+	if d := links(nil).devices(PodInterfaces{}); len(d) != 0 {
 		t.Errorf("devices of no interfaces: %v", d)
 	}
 }

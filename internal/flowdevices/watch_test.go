@@ -3,6 +3,7 @@ package flowdevices
 import (
 	"context"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -65,7 +66,7 @@ func TestWatch(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("nothing is delivered at the start")
 	}
-	with := func(names ...string) []string { return append(initial[:len(initial):len(initial)], names...) }
+	with := func(names ...string) []string { return append(slices.Clip(initial), names...) }
 
 	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
 	check("add a bridge", handle.LinkAdd(bridge))

@@ -1,6 +1,7 @@
 package flowoffload
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -58,7 +59,11 @@ func openPaths(b *testing.B, network string) []*benchmarkPath {
 	}
 	running := make(chan error, 1)
 	go func() { running <- d.Run(b.Context()) }()
-	b.Cleanup(func() { <-running; _ = d.Close() })
+	b.Cleanup(func() {
+		if err := errors.Join(<-running, d.Close()); err != nil {
+			b.Error(err)
+		}
+	})
 	protocol := dataplane.TCP
 	if network == nettest.UDP {
 		protocol = dataplane.UDP

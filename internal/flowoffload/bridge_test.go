@@ -62,7 +62,7 @@ func (n *testNode) bridge(pods int) (hosts []*nettest.Host) {
 // TestBridge checks connections of pods in a bridge, whose packets the flowtable sends from one port of
 // the bridge to another interface.
 func TestBridge(t *testing.T) {
-	n := newTestNode(t, Options{})
+	n := newTestNode(t)
 	bridged := n.bridge(2)
 	if err := n.Node.Do(func() error { return os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte("1"), 0) }); err != nil {
 		t.Skipf("the kernel has no bridge netfilter: %v", err)

@@ -17,7 +17,7 @@ func TestListing(t *testing.T) {
 	if err != nil {
 		t.Skip("no nft")
 	}
-	n := newTestNode(t, Options{})
+	n := newTestNode(t)
 	n.replace(
 		newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, "tcp 10.96.0.10:80"),
 		newService(t, "node6", dataplane.NodePort, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv6, 1)}, "udp [::]:30080"),

@@ -57,7 +57,7 @@ type testNode struct {
 	forwarded *nftables.Conn
 }
 
-func newTestNode(t *testing.T, o Options) *testNode {
+func newTestNode(t *testing.T) *testNode {
 	t.Helper()
 	skipWithoutFlowtables(t)
 	n := &testNode{Network: nettest.NewT(t, nettest.Options{UniquePorts: true}), t: t}
@@ -70,19 +70,18 @@ func newTestNode(t *testing.T, o Options) *testNode {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = n.nft.Close() })
-	n.start(o)
+	n.start(Options{})
 	t.Cleanup(func() { n.stop() })
 	n.countForwarded()
 	return n
 }
 
-func (n *testNode) addPod(name string) *nettest.Host {
+func (n *testNode) addPod(name string) {
 	n.t.Helper()
 	pod := n.PodT(n.t, name)
 	pod.ServeT(n.t, nettest.TCP, podPort)
 	pod.ServeT(n.t, nettest.UDP, podPort)
 	n.pods = append(n.pods, pod)
-	return pod
 }
 
 // start starts offloading, as a new process does.
@@ -377,7 +376,7 @@ func (c *conn) wantNormal() {
 
 // TestOffload checks which connections are offloaded, and that a connection is not before the threshold.
 func TestOffload(t *testing.T) {
-	n := newTestNode(t, Options{})
+	n := newTestNode(t)
 	const v4, v6 = dataplane.IPv4, dataplane.IPv6
 	always := func(f dataplane.Family, pods ...int) dataplane.ServiceSpec {
 		return dataplane.ServiceSpec{Endpoints: n.endpoints(f, pods...), Masquerade: dataplane.MasqueradeAlways}
@@ -457,7 +456,7 @@ func TestEndOfFlows(t *testing.T) {
 		return newService(n.t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, to)
 	}
 	t.Run("idle", func(t *testing.T) {
-		n := newTestNode(t, Options{})
+		n := newTestNode(t)
 		n.replace(service(n, 1))
 		n.setSysctl("nf_flowtable_tcp_timeout", "1")
 		c := n.open(n.pods[0], to)
@@ -472,7 +471,7 @@ func TestEndOfFlows(t *testing.T) {
 		c.awaitOffload()
 	})
 	t.Run("removed endpoint with TCP", func(t *testing.T) {
-		n := newTestNode(t, Options{})
+		n := newTestNode(t)
 		n.replace(service(n, 1))
 		c := n.open(n.pods[0], to)
 		c.awaitOffload()
@@ -488,7 +487,7 @@ func TestEndOfFlows(t *testing.T) {
 		}
 	})
 	t.Run("removed endpoint with UDP", func(t *testing.T) {
-		n := newTestNode(t, Options{})
+		n := newTestNode(t)
 		dns := func(pods ...int) *dataplane.Service {
 			return newService(n.t, "dns", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, udp)
 		}
@@ -510,10 +509,11 @@ func TestEndOfFlows(t *testing.T) {
 			// A datagram that is on its way while the flow ends can be lost, so ask again like a resolver.
 			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 			defer cancel()
-			if answer, err := c.Ask(ctx); err != nil || answer.Host != "pod3" {
-				return fmt.Errorf("answer %+v, error %v", answer, err)
+			answer, err := c.Ask(ctx)
+			if err == nil && answer.Host != "pod3" {
+				err = fmt.Errorf("answer %+v", answer)
 			}
-			return nil
+			return err
 		})
 		t.Logf("after %s", time.Since(start))
 		if time.Since(start) > 2*time.Second {
@@ -525,7 +525,7 @@ func TestEndOfFlows(t *testing.T) {
 		}
 	})
 	t.Run("source ranges", func(t *testing.T) {
-		n := newTestNode(t, Options{})
+		n := newTestNode(t)
 		restricted := func(ranges ...netip.Prefix) *dataplane.Service {
 			return newService(n.t, "lb", dataplane.LoadBalancer, dataplane.ServiceSpec{
 				Endpoints: n.endpoints(dataplane.IPv4, 1), SourceRanges: ranges, Masquerade: dataplane.MasqueradeAlways,
@@ -544,7 +544,7 @@ func TestEndOfFlows(t *testing.T) {
 		}
 	})
 	t.Run("removal", func(t *testing.T) {
-		n := newTestNode(t, Options{})
+		n := newTestNode(t)
 		n.replace(service(n, 1))
 		c := n.open(n.pods[0], to)
 		c.awaitOffload()
@@ -569,7 +569,7 @@ func (n *testNode) setSysctl(name, value string) {
 
 // TestDevices checks that devices that come and go join and leave the flowtable.
 func TestDevices(t *testing.T) {
-	n := newTestNode(t, Options{})
+	n := newTestNode(t)
 	const to = "tcp 10.96.0.10:80"
 	service := func(pods ...int) *dataplane.Service {
 		return newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, to)
@@ -602,7 +602,7 @@ func TestDevices(t *testing.T) {
 
 // TestRepair checks that the flowtable is complete again after another program has changed it.
 func TestRepair(t *testing.T) {
-	n := newTestNode(t, Options{})
+	n := newTestNode(t)
 	const to = "tcp 10.96.0.10:80"
 	n.replace(newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, to))
 	c := n.open(n.pods[0], to)
@@ -639,7 +639,7 @@ func TestRepair(t *testing.T) {
 // TestRestart checks that a restart with the same settings keeps the flowtable, and that one with other
 // settings creates the table again.
 func TestRestart(t *testing.T) {
-	n := newTestNode(t, Options{})
+	n := newTestNode(t)
 	const to = "tcp 10.96.0.10:80"
 	service := newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, to)
 	gone := newService(t, "gone", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, "tcp 10.96.0.11:80")

@@ -156,7 +156,7 @@ func (t *table) offloadRule(frontends *nftables.Set, nodePort bool) []expr.Any {
 	original := func(k expr.CtKey, word int) expr.Any {
 		return &expr.Ct{Key: k, Register: reg(word), Direction: expr.CtDirOriginal, OptDirection: true}
 	}
-	key, addrLen, proto := expr.CtKey(expr.CtKeyDSTIP), 4, byte(unix.NFPROTO_IPV4)
+	key, addrLen, proto := expr.CtKeyDSTIP, 4, byte(unix.NFPROTO_IPV4)
 	if frontends == t.frontends6 {
 		key, addrLen, proto = expr.CtKeyDSTIP6, 16, unix.NFPROTO_IPV6
 	}
