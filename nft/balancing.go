@@ -142,7 +142,7 @@ func mix(n uint64) uint64 {
 }
 
 // turnUsers counts, by table, the users of verdict elements with counters that a call has read or
-// planned. Dataplane.verdictElements counts those that are programmed.
+// planned. Dataplane.verdictElements counts the programmed ones.
 type turnUsers [2]map[verdictElement]int
 
 func newTurnUsers() turnUsers { return turnUsers{{}, {}} }

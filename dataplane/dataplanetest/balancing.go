@@ -80,7 +80,7 @@ func (s suite) testRoundRobin(t *testing.T) {
 }
 
 // testSourceHash connects to Services with [dataplane.SourceHash] from many addresses. It counts
-// the clients of each endpoint, and those that move when an endpoint is removed or added.
+// the clients of each endpoint, and the clients that move when an endpoint is removed or added.
 func (s suite) testSourceHash(t *testing.T) {
 	t.Parallel()
 	const number, pods = 220, 10

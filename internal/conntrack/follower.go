@@ -37,7 +37,7 @@ var (
 	errFlowKeys  = errors.New("the entries have too many destinations")
 )
 
-// follower tells which frontends and endpoints may have UDP and SCTP entries. While changes are
+// follower knows which frontends and endpoints may have UDP and SCTP entries. While changes are
 // frequent, it listens to the kernel's events for new entries. It knows the older entries from a dump
 // of all entries of a protocol.
 //
@@ -143,7 +143,7 @@ func (f *follower) nextReceive() time.Time {
 	return f.receiveAt
 }
 
-// split divides candidates into those that may have entries and those that have none.
+// split divides candidates into possible, which may have entries, and without, which have none.
 func (f *follower) split(s candidates) (possible, without candidates) {
 	if s.all || len(f.complete) == 0 {
 		return s, candidates{}
