@@ -13,7 +13,6 @@ import (
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
-	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/nlconn"
 )
 
@@ -176,16 +175,9 @@ func translatedFilter() []bpf.RawInstruction {
 
 // visitConnections calls visit with the translated connections in a datagram of the kernel.
 func visitConnections(datagram []byte, visit func(Connection)) {
-	for data := range nlconn.Messages(datagram) {
-		if len(data) < nfHeaderLen {
-			continue
+	visitFlows(datagram, func(f flow) {
+		if f.endpoint != f.destination {
+			visit(Connection{f.protocol, f.destination, f.endpoint})
 		}
-		family := dataplane.IPv4
-		if data[0] == unix.AF_INET6 {
-			family = dataplane.IPv6
-		}
-		if e, ok := parseEntry(data[nfHeaderLen:], family); ok && e.endpoint != e.destination {
-			visit(Connection{e.protocol, e.destination, e.endpoint})
-		}
-	}
+	})
 }

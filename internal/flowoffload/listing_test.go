@@ -15,7 +15,7 @@ import (
 func TestListing(t *testing.T) {
 	nft, err := exec.LookPath("nft")
 	if err != nil {
-		t.Skip("no nft")
+		t.Fatal("nft is missing: run make deps: ", err)
 	}
 	n := newTestNode(t)
 	n.replace(

@@ -23,13 +23,13 @@ want=$(cat "$here/config" "$here/build.sh" | sha256sum)
 if [ -x "$cache/linux" ] && [ "$(cat "$cache/built" 2>/dev/null)" = "$want" ]; then
 	exit 0
 fi
-rm -rf "$cache/built" "$cache/work" "$cache/root"
-trap 'rm -rf "$cache/work"' EXIT
-"$here/../debian/fetch.sh" unpack "$(dpkg --print-architecture)" trixie-backports "$cache/work" linux-source/
-echo "um: compiling $(basename "$cache"/work/usr/src/linux-source-*.tar.xz .tar.xz)" >&2
-mkdir "$cache/work/source"
-tar -xJf "$cache"/work/usr/src/linux-source-*.tar.xz -C "$cache/work/source" --strip-components=1
-cd "$cache/work/source"
+rm -rf "$cache/built" "$cache/build" "$cache/root"
+trap 'rm -rf "$cache/build"' EXIT
+"$here/../debian/fetch.sh" unpack "$(dpkg --print-architecture)" trixie-backports "$cache/build" linux-source/
+echo "um: compiling $(basename "$cache"/build/usr/src/linux-source-*.tar.xz .tar.xz)" >&2
+mkdir "$cache/build/source"
+tar -xJf "$cache"/build/usr/src/linux-source-*.tar.xz -C "$cache/build/source" --strip-components=1
+cd "$cache/build/source"
 cp "$here/config" .config
 kernel() { make -s -j"$(nproc)" ARCH=um INSTALL_MOD_PATH="$cache/root" "$@" >"$cache/build.log" 2>&1; }
 if ! kernel olddefconfig; then
