@@ -78,15 +78,19 @@ func (s *standby) activate(lock *instance.Lock) {
 	close(s.activated)
 }
 
-// whenActive returns a function that waits until this instance is active and then calls run.
+// whenActive returns a function that waits until this instance is active and then calls run. An
+// active instance calls run even if ctx is done already, because run may have work to finish, such
+// as queued Events to send.
 func (s *standby) whenActive(run func(context.Context) error) func(context.Context) error {
 	return func(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
-			return nil
+			if !s.isActive() {
+				return nil
+			}
 		case <-s.activated:
-			return run(ctx)
 		}
+		return run(ctx)
 	}
 }
 
