@@ -62,7 +62,7 @@ func parseAffinityShard(name string) (int, bool) {
 }
 
 // affinityRules returns the rules of one affinity timeout. They refer to no maps except the
-// affinity maps. All shards share one chain, as in table.translateChain: with one chain per
+// affinity maps. All shards share one chain, as in table.translateChains: with one chain per
 // shard, the kernel would walk many more paths when a class is new.
 //
 //	chain affinity-10800s {

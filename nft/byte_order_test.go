@@ -53,7 +53,7 @@ func TestByteOrder(t *testing.T) {
 		"match endpoint IDs":         {match(matchEndpointID()), "0000ffff0000fafa", "ffff0000fafa0000"},
 		"match cluster endpoint IDs": {match(matchEndpointIDInList(clusterEndpoints)), "0001ffff0000fafa", "ffff0100fafa0000"},
 		"match local endpoint IDs":   {match(matchEndpointIDInList(localEndpoints)), "0001ffff0001fafa", "ffff0100fafa0100"},
-		"match slots and list IDs":   {match(matchSlotOrListID()), "0000f8ff000018fa", "fff80000fa180000"},
+		"match new and invalid":      {match(matchNewOrInvalid()), "0900000000000000", "0000000900000000"},
 		"match new connections":      {match(matchCtStateNew()), "0800000000000000", "0000000800000000"},
 		"match local source address": {match(matchSourceLocal(expr.CmpOpEq)), "02000000", "00000002"},
 	} {

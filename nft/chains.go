@@ -50,14 +50,12 @@ func (by addressing) chainName(name string) string {
 }
 
 // chains returns the chains that do not depend on Services, except for the prefix lengths
-// of source ranges. A chain comes after the chains it jumps to.
+// of source ranges. A chain comes after the chains it jumps to. filter-input exists if the node
+// identifies pods. filter-prerouting-post-dnat and filter-output-post-dnat, at dstnat + 10,
+// exist if a setting or a Translator needs their rules.
 //
 //	chain filter-input {
 //		type filter hook input priority filter; policy accept;
-//	chain filter-prerouting-post-dnat {
-//		type filter hook prerouting priority dstnat + 10; policy accept;
-//	chain filter-output-post-dnat {
-//		type filter hook output priority dstnat + 10; policy accept;
 //	chain filter-forward {
 //		type filter hook forward priority filter; policy accept;
 //	chain filter-output {
@@ -73,22 +71,23 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	}
 	chains := []chain{t.rejectChain()}
 	for _, by := range allAddressings() {
-		chains = append(chains, t.sourceRangesChain(by, rangeBits), t.translateChain(by))
+		chains = append(chains, t.sourceRangesChain(by, rangeBits))
+		chains = append(chains, t.translateChains(by)...)
 		chains = append(chains, t.renderer.selectionChains(t, by)...)
 		chains = append(chains, t.externalChain(by, node))
 	}
 	chains = append(chains, t.sharedListChains(rangeBits)...)
 	chains = append(chains, t.masqueradeChains(node)...)
 	chains = append(chains, t.masqueradingChain(node), t.localhostChain(node), t.invalidChain(node))
-	dispatch, resetRules := append(t.virtualNetworkRules(), t.dispatchRules(node)...), t.resetPriorityRules()
+	dispatch := append(t.virtualNetworkRules(), t.dispatchRules(node)...)
+	var answeredPing []rule
 	if node.PingServiceIPs {
 		chains = append(chains, t.pingChains(node)...)
 		dispatch = append(dispatch, t.pingRule())
-		resetRules = append(resetRules, t.answeredPingRule())
+		answeredPing = append(answeredPing, t.answeredPingRule())
 	}
 	natOutput := append([]rule{t.toLocalhostRule()}, dispatch...)
-	forward := append(t.noServiceRules(), t.invalidFromEndpointRule())
-	filterOutput := append(slices.Clone(forward), t.resetToEndpointRule())
+	chains = append(chains, t.newOrInvalidChains(node)...)
 	dstnat, filter := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityFilter
 	if t.protectsLoopback(node) {
 		chains = append(chains, t.dropLoopbackChain())
@@ -96,19 +95,26 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	extra := t.renderer.extraRules(t, base)
 	chains = append(chains, extra.chains...)
 	natOutput = append(natOutput, extra.natOutput...)
-	preroutingPostDNAT := slices.Concat(resetRules, t.loopbackFromNetworkRules(node), extra.filterPreroutingPostDNAT)
-	outputPostDNAT := slices.Concat(resetRules, extra.filterOutputPostDNAT)
+	preroutingPostDNAT := slices.Concat(answeredPing, t.loopbackFromNetworkRules(node), extra.filterPreroutingPostDNAT)
+	outputPostDNAT := slices.Concat(answeredPing, extra.filterOutputPostDNAT)
 	postrouting := append(t.postroutingRules(), extra.natPostrouting...)
 	if t.identifiesPods(node) {
 		chains = append(chains,
 			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidFromEndpointRule()))
 	}
-	chains = append(chains, t.natBaseChains(base, dispatch, natOutput)...)
+	chains = append(chains, t.natBaseChains(base, node, dispatch, natOutput)...)
+	// Every packet pays for a base chain, even if its rules do not match.
+	if len(preroutingPostDNAT) > 0 {
+		chains = append(chains,
+			base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, preroutingPostDNAT...))
+	}
+	if len(outputPostDNAT) > 0 {
+		chains = append(chains,
+			base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, outputPostDNAT...))
+	}
 	return append(chains,
-		base("filter-prerouting-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dstnat+10, preroutingPostDNAT...),
-		base("filter-output-post-dnat", nftables.ChainTypeFilter, nftables.ChainHookOutput, dstnat+10, outputPostDNAT...),
-		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, forward...),
-		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, filterOutput...),
+		base("filter-forward", nftables.ChainTypeFilter, nftables.ChainHookForward, filter, t.newOrInvalidRule(newOrInvalidName)),
+		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, t.newOrInvalidRule(newOrInvalidOutputName)),
 		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
 	)
 }

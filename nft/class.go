@@ -265,7 +265,7 @@ func (v verdictElement) verdict() *expr.Verdict {
 }
 
 // verdictElementChain returns the chain of an element that has its own chain. The chain
-// refers to no map whose elements belong to Services; see table.translateChain.
+// refers to no map whose elements belong to Services; see table.translateChains.
 //
 //	chain draw-2-node-drop-external-ranged-sticky {
 //		meta priority set numgen random mod 2 offset 4196204544

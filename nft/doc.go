@@ -289,7 +289,7 @@
 // in time that does not depend on the size of the map. A verdict map with one goto per element
 // would be simpler. But for a new goto, the kernel walks all elements of all verdict maps at
 // commit (nf_tables_api.c, nft_table_validate): 17 ms per update at 50,000 Services. For a
-// similar reason, no class chain refers to endpoints; see table.translateChain.
+// similar reason, no class chain refers to endpoints; see table.translateChains.
 //
 // The packet's priority carries the class, and then the slot, from one map to the next,
 // because `nft` cannot print a rule that looks up the result of one lookup in another map. NAT

@@ -7,7 +7,6 @@ import (
 	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 )
 
 // endpointRenderer renders tables that select an endpoint and translate
@@ -94,10 +93,6 @@ func (endpointRenderer) selectionChains(t *table, by addressing) []chain {
 		chains = append(chains, t.pickChain(by, l), t.stickyChain(by, l))
 	}
 	return chains
-}
-
-func (endpointRenderer) priorityMatches() [][]expr.Any {
-	return [][]expr.Any{matchSlotOrListID(), matchEndpointID()}
 }
 
 func (endpointRenderer) extraRules(*table, newBaseChain) extraRules { return extraRules{} }

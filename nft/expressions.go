@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"net/netip"
 	"slices"
 
 	"fairlead.io/fairlead/dataplane"
@@ -103,16 +104,50 @@ func original(k expr.CtKey, word int) expr.Any {
 
 // matchShard matches the frontends of a shard: `ip daddr & 0.0.0.15 == 0.0.0.3`.
 func (t *table) matchShard(by addressing, shard int) []expr.Any {
+	return t.matchShards(by, shard, numShards-1)
+}
+
+// matchShards matches the frontends of the shards that have, of these bits, the same as shard.
+func (t *table) matchShards(by addressing, shard int, bits byte) []expr.Any {
 	n, field := t.addrLen, t.daddr(0)
 	if by == byNodePort {
 		n, field = 2, dport(0)
 	}
 	mask, value, none := make([]byte, n), make([]byte, n), make([]byte, n)
-	mask[n-1], value[n-1] = numShards-1, byte(shard)
+	mask[n-1], value[n-1] = bits, byte(shard)
 	return []expr.Any{
 		field,
 		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(n), Mask: mask, Xor: none},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: value},
+	}
+}
+
+// maxComparedNetworks is the maximum number of networks that rules compare an address with. With
+// more networks, rules look up an interval set, which takes as long as several comparisons.
+const maxComparedNetworks = 2
+
+// areComparable reports whether rules compare an address with these networks.
+func areComparable(networks []netip.Prefix) bool {
+	return len(networks) <= maxComparedNetworks && !slices.ContainsFunc(networks, func(p netip.Prefix) bool { return p.Bits() == 0 })
+}
+
+// compareNetwork compares an address, which the expression loads into the first register, with a
+// network: `ip saddr 10.0.0.0/8`. As nft does, it loads no more than the bytes of the prefix.
+func (t *table) compareNetwork(address expr.Any, network netip.Prefix, op expr.CmpOp) []expr.Any {
+	const bitsPerByte = 8
+	n := (network.Bits() + bitsPerByte - 1) / bitsPerByte
+	value := network.Masked().Addr().AsSlice()
+	load := *address.(*expr.Payload)
+	if network.Bits()%bitsPerByte == 0 {
+		load.Len = uint32(n) //nolint:gosec // at most 16
+		return []expr.Any{&load, &expr.Cmp{Op: op, Register: reg(0), Data: value[:n]}}
+	}
+	mask := make([]byte, t.addrLen)
+	setLeadingBits(mask, network.Bits())
+	return []expr.Any{
+		&load,
+		&expr.Bitwise{SourceRegister: reg(0), DestRegister: reg(0), Len: uint32(t.addrLen), Mask: mask, Xor: make([]byte, t.addrLen)}, //nolint:gosec // 16
+		&expr.Cmp{Op: op, Register: reg(0), Data: value},
 	}
 }
 
@@ -163,19 +198,16 @@ func setPriority(source uint32) expr.Any {
 }
 
 // resetPriority returns `meta priority set none`.
-func resetPriority() []expr.Any {
-	return []expr.Any{&expr.Immediate{Register: reg(0), Data: []byte{0, 0, 0, 0}}, setPriority(reg(0))}
+func resetPriority() []expr.Any { return resetPriorityWith(0) }
+
+// resetPriorityWith is resetPriority with another register than the first one.
+func resetPriorityWith(word int) []expr.Any {
+	return []expr.Any{&expr.Immediate{Register: reg(word), Data: []byte{0, 0, 0, 0}}, setPriority(reg(word))}
 }
 
 // matchSlot matches priorities that are slots: `meta priority & fffe:0 == fa1c:0`.
 func matchSlot() []expr.Any {
 	return matchPriority(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
-}
-
-// matchSlotOrListID matches priorities that are slots or list IDs:
-// `meta priority & fff8:0 == fa18:0`.
-func matchSlotOrListID() []expr.Any {
-	return matchPriority(binaryutil.NativeEndian.PutUint32(listIDMask), binaryutil.NativeEndian.PutUint32(listIDBase))
 }
 
 // matchEndpointID matches priorities that are endpoint IDs:
@@ -244,6 +276,11 @@ func matchAddrType(fib *expr.Fib, op expr.CmpOp) []expr.Any {
 
 // matchCtStateNew returns `ct state new`.
 func matchCtStateNew() []expr.Any { return matchCtBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
+
+// matchNewOrInvalid returns `ct state invalid,new`.
+func matchNewOrInvalid() []expr.Any {
+	return matchCtBits(expr.CtKeySTATE, expr.CtStateBitINVALID|expr.CtStateBitNEW)
+}
 
 // matchCtStateInvalid returns `ct state invalid`.
 func matchCtStateInvalid() []expr.Any { return matchCtBits(expr.CtKeySTATE, expr.CtStateBitINVALID) }

@@ -1,8 +1,6 @@
 package nft
 
 import (
-	"slices"
-
 	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables/expr"
@@ -33,33 +31,69 @@ func (t *table) rejectChain() chain {
 	)
 }
 
-// resetPriorityRules returns the rules that reset a priority that contains a slot, a list
-// ID or an endpoint ID.
+// The chains for the packets that filter-forward and filter-output examine.
+const (
+	newOrInvalidName       = "new-or-invalid"
+	newOrInvalidOutputName = "new-or-invalid-output"
+)
+
+// newOrInvalidRule returns the only rule of filter-forward and of filter-output. So a packet of
+// an established connection passes three expressions.
 //
-//	meta priority & fff8:0 == fa18:0 meta priority set none
-//	meta priority & ffff:0 == fafa:0 meta priority set none
-func (t *table) resetPriorityRules() []rule {
-	var rules []rule
-	for _, match := range t.renderer.priorityMatches() {
-		rules = append(rules, rule{exprs: append(match, resetPriority()...)})
+//	ct state invalid,new goto new-or-invalid
+func (t *table) newOrInvalidRule(chain string) rule {
+	return rule{exprs: append(matchNewOrInvalid(), gotoChain(chain))}
+}
+
+// newOrInvalidChains returns the chains for packets that start a connection and for invalid
+// packets.
+//
+//	chain invalid-tcp {
+//		tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
+//	}
+//	chain new-or-invalid {
+//		ct state invalid goto invalid-tcp
+//		ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
+//		ip daddr 10.96.0.0/16 counter name "dropped-no-service" drop
+//	}
+//	chain invalid-tcp-output {
+//		tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
+//		tcp flags & (fin | syn | rst | ack) == rst tcp dport @endpoint-ports counter name "dropped-invalid" drop
+//	}
+//	chain new-or-invalid-output {
+//		…
+//	}
+func (t *table) newOrInvalidChains(node dataplane.Node) []chain {
+	withInvalid := func(chain string) []rule {
+		return append([]rule{{exprs: append(matchCtStateInvalid(), gotoChain(chain))}}, t.noServiceRules(node)...)
 	}
-	return rules
+	fromEndpoint := rule{exprs: append(t.matchTCP(tcpACK, sourcePortOffset), gotoChain("invalid"))}
+	return []chain{
+		t.newChain("invalid-tcp", fromEndpoint),
+		t.newChain("invalid-tcp-output", fromEndpoint, t.resetToEndpointRule()),
+		t.newChain(newOrInvalidName, withInvalid("invalid-tcp")...),
+		t.newChain(newOrInvalidOutputName, withInvalid("invalid-tcp-output")...),
+	}
 }
 
 // noServiceRules returns the rules for connections to cluster IPs and service CIDRs that
-// belong to no Service. They are in filter-forward and filter-output. There, they do not
+// belong to no Service. They are behind filter-forward and filter-output. There, they do not
 // affect addresses of the node itself, such as the address of a DNS cache, or addresses
 // that another program translates.
 //
-//	ct state new ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
-//	ct state new ip daddr @service-cidrs counter name "dropped-no-service" drop
-func (t *table) noServiceRules() []rule {
-	return []rule{
-		{exprs: slices.Concat(matchCtStateNew(), []expr.Any{
-			t.daddr(0), lookup(t.addrSets[clusterIPAddrs]), counterRef(rejectedUndeclaredPort), gotoChain("reject"),
-		})},
-		{exprs: slices.Concat(matchCtStateNew(), []expr.Any{
-			t.daddr(0), lookup(t.serviceCIDRs), counterRef(droppedNoService), drop(),
-		})},
+//	ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
+//	ip daddr 10.96.0.0/16 counter name "dropped-no-service" drop
+func (t *table) noServiceRules(node dataplane.Node) []rule {
+	rules := []rule{{exprs: []expr.Any{
+		t.daddr(0), lookup(t.addrSets[clusterIPAddrs]), counterRef(rejectedUndeclaredPort), gotoChain("reject"),
+	}}}
+	dropped := []expr.Any{counterRef(droppedNoService), drop()}
+	networks := t.mergeNetworks(node.ServiceCIDRs)
+	if !areComparable(networks) {
+		return append(rules, rule{exprs: append([]expr.Any{t.daddr(0), lookup(t.serviceCIDRs)}, dropped...)})
 	}
+	for _, p := range networks {
+		rules = append(rules, rule{exprs: append(t.compareNetwork(t.daddr(0), p, expr.CmpOpEq), dropped...)})
+	}
+	return rules
 }

@@ -22,9 +22,11 @@ import (
 //     then no process exists that could move them.
 //   - With dataplane.Node.AheadOfOthers, they run before the chains of other proxies.
 //
-// The chains at both priorities have the same rules, and the set "ahead" selects the active
-// ones. Switching writes a single element. It changes no rule, and every packet passes
-// exactly one of the chains.
+// The chains before other proxies exist only with AheadOfOthers, because every connection of the
+// node pays for a NAT chain. With AheadOfOthers, the chains at both priorities have the same
+// rules, and the set "ahead" selects the active ones, so that [Dataplane.GiveWay] changes a
+// single element and no rule. A packet that is between the two priorities when
+// AheadOfOthers begins can pass neither. Another proxy's rules then translate it.
 const (
 	aheadOffset       = -1
 	behindOffset      = 1
@@ -50,7 +52,8 @@ func (t *table) aheadElements(node dataplane.Node) []element {
 	return []element{t.aheadElement()}
 }
 
-// natBaseChains returns the base chains that translate connections, at both priorities.
+// natBaseChains returns the base chains that translate connections, at both priorities with
+// dataplane.Node.AheadOfOthers. Otherwise, nat-prerouting and nat-output have no rule for @ahead.
 //
 //	chain nat-prerouting-ahead {
 //		type nat hook prerouting priority dstnat - 1; policy accept;
@@ -64,8 +67,14 @@ func (t *table) aheadElements(node dataplane.Node) []element {
 //	chain nat-output {
 //		type nat hook output priority dstnat + 1; policy accept;
 //		meta nfproto @ahead return
-func (t *table) natBaseChains(base newBaseChain, prerouting, output []rule) []chain {
+func (t *table) natBaseChains(base newBaseChain, node dataplane.Node, prerouting, output []rule) []chain {
 	dstnat := *nftables.ChainPriorityNATDest
+	if !node.AheadOfOthers {
+		return []chain{
+			base(natPreroutingName, nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dstnat+behindOffset, prerouting...),
+			base(natOutputName, nftables.ChainTypeNAT, nftables.ChainHookOutput, dstnat+behindOffset, output...),
+		}
+	}
 	var chains []chain
 	for _, position := range []struct {
 		suffix   string

@@ -1,6 +1,8 @@
 package nft
 
 import (
+	"slices"
+
 	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables/expr"
@@ -25,27 +27,28 @@ import (
 //
 //	ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
 func (t *table) invalidFromEndpointRule() rule {
-	const sourcePort = 0
-	return rule{exprs: append(t.matchInvalidTCP(tcpACK, sourcePort), gotoChain("invalid"))}
+	return rule{exprs: slices.Concat(matchCtStateInvalid(), t.matchTCP(tcpACK, sourcePortOffset), []expr.Any{gotoChain("invalid")})}
 }
 
 // resetToEndpointRule returns the rule for the node's own answers to invalid packets: if no
 // socket matches, the kernel sends a reset without ACK. This reset belongs to no
 // connection. A reset that ends a connection of the node does belong to one.
 //
-//	ct state invalid tcp flags & (fin | syn | rst | ack) == rst tcp dport @endpoint-ports counter name "dropped-invalid" drop
+//	tcp flags & (fin | syn | rst | ack) == rst tcp dport @endpoint-ports counter name "dropped-invalid" drop
 func (t *table) resetToEndpointRule() rule {
-	const destinationPort = 2
-	return rule{exprs: append(t.matchInvalidTCP(tcpRST, destinationPort), counterRef(droppedInvalid), drop())}
+	return rule{exprs: append(t.matchTCP(tcpRST, destinationPortOffset), counterRef(droppedInvalid), drop())}
 }
+
+// The offsets of the ports in the TCP header (RFC 9293).
+const sourcePortOffset, destinationPortOffset = 0, 2
 
 // TCP flags (RFC 9293).
 const tcpFIN, tcpSYN, tcpRST, tcpACK = 1, 2, 4, 16
 
-// matchInvalidTCP matches invalid TCP packets that have, of FIN, SYN, RST and ACK, exactly
-// these flags, and an endpoint's port at this offset.
-func (t *table) matchInvalidTCP(flags byte, port uint32) []expr.Any {
-	return append(matchCtStateInvalid(),
+// matchTCP matches TCP packets that have, of FIN, SYN, RST and ACK, exactly these flags, and an
+// endpoint's port at this offset.
+func (t *table) matchTCP(flags byte, port uint32) []expr.Any {
+	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg(0)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{byte(dataplane.TCP)}},
 		&expr.Payload{DestRegister: reg(0), Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
@@ -53,7 +56,7 @@ func (t *table) matchInvalidTCP(flags byte, port uint32) []expr.Any {
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg(0), Data: []byte{flags}},
 		&expr.Payload{DestRegister: reg(0), Base: expr.PayloadBaseTransportHeader, Offset: port, Len: 2},
 		lookup(t.endpointPorts),
-	)
+	}
 }
 
 // identifiesPods reports whether the node identifies pods of the table's family.

@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"fmt"
 	"slices"
 
 	"fairlead.io/fairlead/dataplane"
@@ -108,37 +109,49 @@ func (t *table) matchExternalClients(node dataplane.Node) []expr.Any {
 	return slices.Concat(conditions, matchNotFromPods(node), matchSourceLocal(expr.CmpOpNeq))
 }
 
-// translateChain returns the chain that sends a connection to the endpoint in the slot that
-// the packet's priority contains, if the slot exists. All classes share this chain. For
+// translateChains returns the chains that send a connection to the endpoint in the slot that
+// the packet's priority contains, if the slot exists. All classes share them. For
 // each new chain with a rule that refers to a map, the kernel walks the map
 // (nf_tables_api.c, nf_tables_bind_set). If each class had rules of its own, a new class
 // would take 0.5 s at 100,000 Services.
 //
+//	chain translate-0 {
+//		ip daddr & 0.0.0.15 == 0.0.0.0 meta priority set none dnat ip to ip daddr . meta l4proto . th dport . meta priority map @endpoints-0
+//		…
+//	}
 //	chain translate {
-//		ip daddr & 0.0.0.15 == 0.0.0.0 dnat ip to ip daddr . meta l4proto . th dport . meta priority map @endpoints-0
-//		…
-//		ip daddr & 0.0.0.15 == 0.0.0.15 dnat ip to ip daddr . meta l4proto . th dport . meta priority map @endpoints-f
-//	}
-//	chain translate-node-port {
-//		th dport & 15 == 0 dnat ip to ip daddr & 0.0.0.0 . meta l4proto . th dport . meta priority map @endpoints-0
+//		ip daddr & 0.0.0.12 == 0.0.0.0 goto translate-0
+//		ip daddr & 0.0.0.12 == 0.0.0.4 goto translate-4
 //		…
 //	}
-func (t *table) translateChain(by addressing) chain {
+//	chain translate-4-node-port {
+//		th dport & 15 == 4 meta priority set none dnat ip to ip daddr & 0.0.0.0 . meta l4proto . th dport . meta priority map @endpoints-4
+//		…
+//	}
+func (t *table) translateChains(by addressing) []chain {
+	const shardsPerChain, groupBits = 4, 12 // a packet passes 2 to 8 rules instead of 1 to 16
 	slot := t.addrLen/4 + 2
-	var rules []rule
-	for shard := range numShards {
-		rules = append(rules, rule{exprs: slices.Concat(t.matchShard(by, shard),
-			t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)}},
-			t.dnatFromMap(t.endpoints[shard]))})
+	var chains []chain
+	var groups []rule
+	for group := 0; group < numShards; group += shardsPerChain {
+		var rules []rule
+		for shard := group; shard < group+shardsPerChain; shard++ {
+			rules = append(rules, rule{exprs: slices.Concat(t.matchShard(by, shard),
+				t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)}},
+				t.dnatFromMap(t.endpoints[shard]))})
+		}
+		name := by.chainName(fmt.Sprintf("translate-%x", group))
+		chains = append(chains, t.newChain(name, rules...))
+		groups = append(groups, rule{exprs: append(t.matchShards(by, group, groupBits), gotoChain(name))})
 	}
-	return t.newChain(by.chainName("translate"), rules...)
+	return append(chains, t.newChain(by.chainName("translate"), groups...))
 }
 
 // translateStickyChain returns the chain that sends a connection to the endpoint whose ID
 // the packet's priority contains, if the endpoint exists.
 //
 //	chain translate-sticky {
-//		dnat ip to ip daddr . meta l4proto . th dport . meta priority map @sticky-endpoints
+//		meta priority set none dnat ip to ip daddr . meta l4proto . th dport . meta priority map @sticky-endpoints
 //	}
 func (t *table) translateStickyChain(by addressing) chain {
 	return t.newChain(by.chainName("translate-sticky"), rule{exprs: slices.Concat(
@@ -147,17 +160,21 @@ func (t *table) translateStickyChain(by addressing) chain {
 	)})
 }
 
-// dnatFromMap returns `dnat ip to … map @endpoints-a` for a key in the registers from 0.
+// dnatFromMap returns `meta priority set none dnat ip to … map @endpoints-a` for a key in the
+// registers from 0. The key can contain the priority: the lookup comes first, although nft
+// prints it last. The rules need the priority if the map has no such element. No packet
+// leaves the NAT chains with a slot, list ID or endpoint ID as its priority, so no other chain
+// has to examine each packet's priority.
 func (t *table) dnatFromMap(endpoints *nftables.Set) []expr.Any {
-	return []expr.Any{
-		mapLookup(endpoints, reg(0)),
+	behindResult := t.addrLen/4 + 1
+	return slices.Concat([]expr.Any{mapLookup(endpoints, reg(0))}, resetPriorityWith(behindResult), []expr.Any{
 		&expr.NAT{
 			Type: expr.NATTypeDestNAT, Family: uint32(t.nf.Family),
 			// The kernel lists these maxima for a rule without maxima.
 			RegAddrMin: reg(0), RegAddrMax: reg(0),
 			RegProtoMin: reg(t.addrLen / 4), RegProtoMax: reg(t.addrLen / 4), Specified: true,
 		},
-	}
+	})
 }
 
 // stickyChain returns the chain that sends packets to the chain of the frontend's affinity
@@ -265,7 +282,7 @@ func (t *table) masqueradingChain(node dataplane.Node) chain {
 //		meta priority set none
 //	}
 //	chain masquerade-foreign {
-//		ip saddr != @pod-cidrs goto masquerade comment "clients that are no pods"
+//		ip saddr != 10.1.0.0/16 goto masquerade comment "clients that are no pods"
 //		meta priority set none
 //	}
 func (t *table) masqueradeChains(node dataplane.Node) []chain {
@@ -295,7 +312,7 @@ func (t *table) masqueradeChains(node dataplane.Node) []chain {
 }
 
 // matchOffCluster matches the clients of dataplane.MasqueradeOffCluster:
-// `ip saddr != @pod-cidrs`, or the condition of matchNotFromPods. ok is false if no client
+// `ip saddr != 10.1.0.0/16`, or the condition of matchNotFromPods. ok is false if no client
 // matches.
 func (t *table) matchOffCluster(node dataplane.Node) (conditions []expr.Any, ok bool) {
 	switch {
@@ -303,9 +320,16 @@ func (t *table) matchOffCluster(node dataplane.Node) (conditions []expr.Any, ok 
 		return nil, true
 	case node.PodInterface != "" || node.PodInterfacePrefix != "":
 		return matchNotFromPods(node), true
-	case len(t.mergeNetworks(node.PodCIDRs)) > 0:
-		return []expr.Any{t.saddr(0), lookupInverted(t.podCIDRs)}, true
-	default:
-		return nil, false
 	}
+	networks := t.mergeNetworks(node.PodCIDRs)
+	switch {
+	case len(networks) == 0:
+		return nil, false
+	case !areComparable(networks):
+		return []expr.Any{t.saddr(0), lookupInverted(t.podCIDRs)}, true
+	}
+	for _, p := range networks {
+		conditions = append(conditions, t.compareNetwork(t.saddr(0), p, expr.CmpOpNeq)...)
+	}
+	return conditions, true
 }

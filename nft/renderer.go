@@ -6,7 +6,6 @@ import (
 	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 )
 
 // renderer determines how the tables send connections to endpoints. With an
@@ -44,9 +43,6 @@ type renderer interface {
 	// selectionChains returns the chains that select endpoints for frontends with this
 	// addressing, and store them for session affinity.
 	selectionChains(t *table, by addressing) []chain
-	// priorityMatches returns one match for each kind of priority that NAT chains leave on
-	// a packet.
-	priorityMatches() [][]expr.Any
 	// extraRules returns the chains and rules that only this renderer needs.
 	extraRules(t *table, base newBaseChain) extraRules
 }

@@ -23,11 +23,10 @@ const minSharedFrontends = 8
 // list.
 type listID uint32
 
-// A packet's priority carries a list ID. The range of list IDs adjoins the range of slots,
-// so that one rule matches both.
+// A packet's priority carries a list ID. The ranges of list IDs, slots and endpoint IDs are
+// disjoint.
 const (
 	listIDBase = 0xfa18_0000
-	listIDMask = 0xfff8_0000
 	maxListID  = 1<<18 - 1
 )
 
@@ -306,7 +305,7 @@ func (t *table) sharedListChains(rangeBits []int) []chain {
 	priority := &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(0)}
 	chains := []chain{
 		// A single chain, because the kernel walks a map for each new chain that refers
-		// to it; see translateChain.
+		// to it; see translateChains.
 		t.newChain("list", rule{exprs: slices.Concat(
 			t.frontendKey(byAddress, 0), []expr.Any{mapLookup(t.lists, reg(0)), setPriority(reg(0))},
 		)}),
@@ -330,8 +329,8 @@ func (t *table) sharedListChains(rangeBits []int) []chain {
 //
 //	chain list-2-shared-1 {
 //		jump list
-//		dnat ip to meta priority . numgen random mod 2 offset 4196204544 map @shared-endpoints-1
-//		dnat ip to meta priority . numgen random mod 1 offset 4196204544 map @shared-endpoints-1 comment "the slot went while the packet was on its way"
+//		meta priority set none dnat ip to meta priority . numgen random mod 2 offset 4196204544 map @shared-endpoints-1
+//		meta priority set none dnat ip to meta priority . numgen random mod 1 offset 4196204544 map @shared-endpoints-1 comment "the slot went while the packet was on its way"
 //		drop comment "and so did the last one: the client will try again"
 //	}
 func (t *table) listClassRules(c serviceClass) []rule {

@@ -7,7 +7,6 @@ import (
 	"fairlead.io/fairlead/dataplane"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 )
 
 // virtualRenderer renders tables that send connections to the virtual servers of a
@@ -94,8 +93,6 @@ func (virtualRenderer) sets(t *table, named []*nftables.Set) []*nftables.Set {
 }
 
 func (virtualRenderer) selectionChains(*table, addressing) []chain { return nil }
-
-func (virtualRenderer) priorityMatches() [][]expr.Any { return [][]expr.Any{matchSlotOrListID()} }
 
 // extraRules returns the rules for bound addresses and for pass-through connections.
 //
