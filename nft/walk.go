@@ -278,6 +278,9 @@ type branch struct {
 	rule  int
 	note  string // the rule's comment
 
+	// evaluated is the number of expressions that the branch has evaluated. A test limits it.
+	evaluated int
+
 	steps   []Step
 	outcome Outcome
 }
@@ -500,6 +503,7 @@ func (b *branch) runChain(name string, depth int) (verdict, error) {
 // runRule evaluates the expressions of a rule.
 func (b *branch) runRule(r rule) (v verdict, chain string, err error) {
 	for _, e := range r.exprs {
+		b.evaluated++
 		v, chain, err := b.eval(e)
 		if err != nil || v != verdictContinue {
 			return v, chain, err
