@@ -28,10 +28,8 @@
 //
 //	set ahead { type nf_proto }    # contains ipv4 while Fairlead translates before other proxies
 //	chain nat-prerouting {         # and nat-output, for the node's own connections, which starts with
-//	                               # ip daddr 127.0.0.0/8 goto localhost; also nat-prerouting-ahead and
-//	                               # nat-output-ahead at dstnat - 1, which start with != @ahead return
+//	                               # ip daddr 127.0.0.0/8 goto localhost
 //	    type nat hook prerouting priority dstnat + 1
-//	    meta nfproto @ahead return
 //	    meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @classes
 //	    ip daddr @node-port-addrs meta priority set ip daddr & 0.0.0.0 . meta l4proto . th dport map @services meta priority vmap @classes
 //	}
@@ -44,19 +42,26 @@
 //	    counter name "rejected-no-endpoints" goto reject
 //	}
 //	chain translate {
-//	    ip daddr & 0.0.0.15 == 0.0.0.10 dnat to ip daddr . meta l4proto . th dport . meta priority map @endpoints-a
+//	    ip daddr & 0.0.0.12 == 0.0.0.8 goto translate-8
 //	    …
 //	}
-//	chain filter-prerouting-post-dnat {     # and output
-//	    type filter hook prerouting priority dstnat + 10
-//	    meta priority & fffe:0 == fa1c:0 meta priority set none
+//	chain translate-8 {
+//	    ip daddr & 0.0.0.15 == 0.0.0.10 meta priority set none dnat to ip daddr . meta l4proto . th dport . meta priority map @endpoints-a
+//	    …
 //	}
 //	chain filter-forward {                  # and output
 //	    type filter hook forward priority filter
-//	    ct state new ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
-//	    ct state new ip daddr @service-cidrs counter name "dropped-no-service" drop
-//	    ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
-//	}                                       # and input; output also drops the node's resets to invalid packets
+//	    ct state invalid,new goto new-or-invalid
+//	}
+//	chain new-or-invalid {                  # and new-or-invalid-output
+//	    ct state invalid goto invalid-tcp
+//	    ip daddr @cluster-ips counter name "rejected-undeclared-port" goto reject
+//	    ip daddr 10.96.0.0/16 counter name "dropped-no-service" drop
+//	}
+//	chain invalid-tcp {                     # filter-input has the same rule, behind ct state invalid;
+//	                                        # invalid-tcp-output also drops the node's resets to invalid packets
+//	    tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
+//	}
 //	chain nat-postrouting {
 //	    type nat hook postrouting priority srcnat
 //	    ct status dnat goto masquerading    # hairpin, then services and masquerades
@@ -178,7 +183,7 @@
 //
 // Some packets to the node itself pass, for example from an endpoint on another node. If no
 // socket matches, the kernel answers with a reset without ACK, which is invalid as well.
-// filter-output drops these resets if an endpoint has the destination port. Resets of the
+// The output chains drop these resets if an endpoint has the destination port. Resets of the
 // node's own connections are not invalid.
 //
 // From Linux 6.1, a packet does not fit its connection if the segment is beyond the receiver's
@@ -293,8 +298,17 @@
 //
 // The packet's priority carries the class, and then the slot, from one map to the next,
 // because `nft` cannot print a rule that looks up the result of one lookup in another map. NAT
-// chains see only the first packet of a connection, and a chain behind them resets the
-// priority to none.
+// chains see only the first packet of a connection. The rule that translates it resets the
+// priority to none after its lookup, although nft prints the two in the other order.
+//
+// Every connection of the node passes the base chains, so these are few and short, and rules that
+// not every node needs exist only where a setting needs them. With [dataplane.Node].AheadOfOthers,
+// nat-prerouting-ahead and nat-output-ahead exist at dstnat - 1 and start with != @ahead return,
+// and the chains at dstnat + 1 start with @ahead return. filter-prerouting-post-dnat and
+// filter-output-post-dnat exist for pings, loopback addresses and Translators. With one or two
+// networks in [dataplane.Node].PodCIDRs or ServiceCIDRs, rules compare addresses with them instead
+// of looking them up. TestFirstPacketCost limits the number of expressions;
+// docs/design/0020-first-packet.md has the measurements.
 //
 // The slots of a list are 0 to N-1 without gaps. When an endpoint is removed, the endpoint in
 // the last slot takes its slot, so at most three elements change.

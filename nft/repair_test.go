@@ -187,6 +187,53 @@ func TestOperatorEdits(t *testing.T) {
 	b.endLoad()
 }
 
+// TestRulesOfPreviousVersion replaces rules under load by the rules that versions before
+// docs/design/0020-first-packet.md had. Replace must repair them in place. Then the chains
+// ahead of other proxies go and come back.
+func TestRulesOfPreviousVersion(t *testing.T) {
+	t.Parallel()
+	binary := nftBinaries(t)["1.1.3"]
+	b := newTestbed(t)
+	before := sortedLines(runNFT(t, b.netns, binary, "list ruleset"))
+	script := []string{"flush chain ip fairlead translate"}
+	for _, group := range []string{"0", "4", "8", "c"} {
+		script = append(script, "flush chain ip fairlead translate-"+group, "delete chain ip fairlead translate-"+group)
+	}
+	for shard := range numShards {
+		script = append(script, fmt.Sprintf(
+			"add rule ip fairlead translate ip daddr & 0.0.0.15 == 0.0.0.%d dnat ip to ip daddr . meta l4proto . th dport . meta priority map @endpoints-%x", shard, shard))
+	}
+	for _, hook := range []string{"prerouting", "output"} {
+		script = append(script, "insert rule ip fairlead filter-"+hook+"-post-dnat meta priority & fff8:0 == fa18:0 meta priority set none")
+	}
+	for chain, unestablished := range map[string]string{"filter-forward": newOrInvalidName, "filter-output": newOrInvalidOutputName} {
+		script = append(script, "flush chain ip fairlead "+chain,
+			"flush chain ip fairlead "+unestablished, "delete chain ip fairlead "+unestablished,
+			"add rule ip fairlead "+chain+` ct state new ip daddr @cluster-ips counter name "rejected-undeclared-port" drop`,
+			"add rule ip fairlead "+chain+` ct state new ip daddr @service-cidrs counter name "dropped-no-service" drop`,
+			"add rule ip fairlead "+chain+" ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid")
+	}
+	runNFT(t, b.netns, binary, strings.Join(script, "\n"))
+	b.check("the previous version's rules")
+	mustReplace(t, b.Dataplane, b.node, b.services...)
+	b.check("after the upgrade")
+	b.log.check(t, "upgrade", false)
+	after := sortedLines(runNFT(t, b.netns, binary, "list ruleset"))
+	if diff := cmp.Diff(stripCounts(before), stripCounts(after)); diff != "" {
+		t.Errorf("after the upgrade (-want +got):\n%s", diff)
+	}
+	for _, ahead := range []bool{false, true} {
+		b.node.AheadOfOthers = ahead
+		mustReplace(t, b.Dataplane, b.node, b.services...)
+		b.check(fmt.Sprintf("AheadOfOthers is %t", ahead))
+		b.log.check(t, "AheadOfOthers", false)
+		if got := strings.Contains(runNFT(t, b.netns, binary, "list chains"), natPreroutingName+aheadSuffix); got != ahead {
+			t.Errorf("AheadOfOthers is %t, but the chain exists: %t", ahead, got)
+		}
+	}
+	b.endLoad()
+}
+
 // stripCounts removes lines that change with packets, and lines of named objects that the
 // edits left behind.
 func stripCounts(lines []string) []string {

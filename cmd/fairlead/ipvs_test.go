@@ -125,7 +125,7 @@ func TestCheckIPVS(t *testing.T) {
 	}
 	for _, family := range []string{"ip", "ip6"} {
 		table := "chain " + family + " " + ipvs.TableName
-		r.expect("translation-order", preflight.Info, family+" prerouting: "+table+" nat-prerouting-ahead (priority -101), then "+table+" nat-prerouting (priority -99)")
+		r.expect("translation-order", preflight.Info, family+" prerouting: "+table+" nat-prerouting (priority -99)")
 		if !listsFunctions { // Debian's kernel 6.1
 			continue
 		}
