@@ -76,3 +76,23 @@ func TestFlowOffload(t *testing.T) {
 	}
 	awaitTable(false)
 }
+
+// TestInitOnlyFlowOffload checks that --init-only prepares flowtables without a change of the node's
+// rules, and that a kernel without flowtables does not keep the node from starting.
+func TestInitOnlyFlowOffload(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t)
+	want := "the kernel supports flowtables"
+	if err := flowoffload.Check(nettest.NamespaceT(t).Fd()); errors.Is(err, flowoffload.ErrUnsupported) {
+		want = "connections will not be offloaded to a flowtable; Services are not affected"
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	code, stderr := n.runOnce(nil, append(n.runArgs(), "--init-only", "--flow-offload=software")...)
+	if code != 0 || !strings.Contains(stderr, want) {
+		t.Errorf("exit code %d, output %q, want %q", code, stderr, want)
+	}
+	if listing := n.nft("list", "ruleset"); listing != "" {
+		t.Errorf("ruleset after --init-only:\n%s", listing)
+	}
+}

@@ -17,6 +17,7 @@ import (
 // Initialize implements --init-only: it performs the initialization that may need more privileges
 // than CAP_NET_ADMIN. It tries all steps before it returns an error.
 func Initialize(ctx context.Context, c config.Config, b backend.Backend, log *slog.Logger) error {
+	initializeFlowOffload(ctx, c.FlowOffload, log)
 	return errors.Join(b.Prepare(ctx, backend.Options{Logger: log, Values: c.Values}), initializeConntrack(ctx, c.Conntrack, log))
 }
 

@@ -7,7 +7,31 @@ import (
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/config"
 	"fairlead.io/fairlead/internal/flowoffload"
+	"fairlead.io/fairlead/internal/scratchns"
 )
+
+// initializeFlowOffload loads the kernel's modules of flowtables. A kernel without flowtables is no
+// error, because Services work without them.
+func initializeFlowOffload(ctx context.Context, c config.FlowOffload, log *slog.Logger) {
+	if !c.Enabled {
+		return
+	}
+	if err := tryFlowtable(); err != nil {
+		log.WarnContext(ctx, "connections will not be offloaded to a flowtable; Services are not affected", "error", err)
+		return
+	}
+	log.InfoContext(ctx, "the kernel supports flowtables", "reason", "--init-only")
+}
+
+// tryFlowtable creates a flowtable in a network namespace of its own.
+func tryFlowtable() error {
+	namespace, err := scratchns.New()
+	if err != nil {
+		return err
+	}
+	defer namespace.Close() //nolint:errcheck // nothing was written to it
+	return flowoffload.Check(int(namespace.Fd()))
+}
 
 // newFlowOffload sets a.flowOffload and returns the Dataplane to program.
 func (a *Agent) newFlowOffload(inner dataplane.Dataplane, c config.FlowOffload, events Events) (dataplane.Dataplane, error) {

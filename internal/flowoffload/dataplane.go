@@ -15,6 +15,7 @@ import (
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/flowdevices"
+	"fairlead.io/fairlead/internal/kmod"
 )
 
 // DefaultThreshold is the default of [Options.Threshold]. A short request and its response take about
@@ -219,8 +220,8 @@ func (d *Dataplane) compare(all bool) error {
 		return err
 	}
 	if c == nil {
-		if err := d.table.build(d.conn); err != nil {
-			return fmt.Errorf("create the flowtable: %w", explain(err))
+		if err := d.table.create(d.conn, kmod.Load); err != nil {
+			return fmt.Errorf("create the flowtable: %w", err)
 		}
 		all, c = true, &content{}
 	}

@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"fairlead.io/fairlead/internal/kmod"
 )
 
 // encodeIndex encodes the index of a device as an element of the set of devices.
@@ -15,27 +17,47 @@ func encodeIndex(index uint32) []byte { return binary.NativeEndian.AppendUint32(
 // ErrUnsupported is wrapped by errors of a kernel without flowtables.
 var ErrUnsupported = errors.New("the kernel does not support flowtables (CONFIG_NFT_FLOW_OFFLOAD, modules nft_flow_offload and nf_flow_table_inet)")
 
-// explain adds the meaning of a kernel error from the creation of the table.
-func explain(err error) error {
+// modules returns the kernel modules of flowtables. The kernel loads them on demand on hosts with
+// modprobe, also for a process in a container.
+func modules() []string { return []string{"nf_flow_table_inet", "nft_flow_offload"} }
+
+// lacksFlowtables reports whether an error from the creation of the table means that the kernel has no
+// flowtables.
+func lacksFlowtables(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL)
+}
+
+// create calls [table.build]. If the kernel lacks flowtables, it loads their modules and tries again.
+func (t *table) create(conn *nftables.Conn, load func(...string) error) error {
+	err := t.build(conn)
+	if lacksFlowtables(err) {
+		if loadErr := load(modules()...); loadErr != nil {
+			return fmt.Errorf("%w: %w", ErrUnsupported, loadErr)
+		}
+		err = t.build(conn)
+	}
 	switch {
+	case err == nil:
+		return nil
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
+	case lacksFlowtables(err):
 		return fmt.Errorf("%w: %w", ErrUnsupported, err)
 	}
 	return err
 }
 
 // Check creates the table without devices in a network namespace, or in the namespace of the calling
-// thread if netns is 0, and removes it. The namespace must not be one that a Dataplane programs. The
-// error wraps [ErrUnsupported] if the kernel has no flowtables.
+// thread if netns is 0, and removes it. The namespace must not be one that a Dataplane programs. Check
+// loads the kernel's modules of flowtables if necessary, which needs CAP_SYS_MODULE. The error wraps
+// [ErrUnsupported] if the kernel has no flowtables.
 func Check(netns int) error {
 	conn, err := nftables.New(nftables.WithNetNSFd(netns))
 	if err != nil {
 		return fmt.Errorf("open netlink socket: %w", err)
 	}
-	if err := newTable(DefaultThreshold, false, true).build(conn); err != nil {
-		return fmt.Errorf("create a flowtable: %w", explain(err))
+	if err := newTable(DefaultThreshold, false, true).create(conn, kmod.Load); err != nil {
+		return fmt.Errorf("create a flowtable: %w", err)
 	}
 	return Remove(netns)
 }

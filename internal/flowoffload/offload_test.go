@@ -709,6 +709,29 @@ func TestUnsupported(t *testing.T) {
 	}
 }
 
+// TestLoadModules checks that a kernel without flowtables is asked to load their modules, and what the
+// error says if this fails.
+func TestLoadModules(t *testing.T) {
+	namespace := nettest.NamespaceT(t)
+	if err := Check(namespace.Fd()); !errors.Is(err, ErrUnsupported) {
+		t.Skip("this kernel has flowtables, or loads them on demand")
+	}
+	conn, err := nftables.New(nftables.WithNetNSFd(namespace.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, loaded := range map[string]error{"cannot be loaded": errors.New("no module directory"), "without effect": nil} {
+		var asked []string
+		err := newTable(DefaultThreshold, false, true).create(conn, func(names ...string) error { asked = names; return loaded })
+		if !errors.Is(err, ErrUnsupported) || loaded != nil && !errors.Is(err, loaded) {
+			t.Errorf("modules %s: error %v", name, err)
+		}
+		if diff := cmp.Diff([]string{"nf_flow_table_inet", "nft_flow_offload"}, asked); diff != "" {
+			t.Errorf("modules %s (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
 func TestDeletesOffloadedFlows(t *testing.T) {
 	t.Parallel()
 	for release, want := range map[string]bool{

@@ -2,6 +2,7 @@ package preflight
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	"fairlead.io/fairlead/internal/instance"
 	"fairlead.io/fairlead/internal/nodesettings"
 	"fairlead.io/fairlead/internal/otherproxy"
+	"fairlead.io/fairlead/internal/scratchns"
 )
 
 // Options are the settings of `fairlead run` that the checks need.
@@ -221,10 +223,15 @@ func (c *checker) checkModes(ctx context.Context) {
 	}
 }
 
+func isNamespaceError(err error) bool {
+	_, ok := errors.AsType[*scratchns.Error](err)
+	return ok
+}
+
 // checkFlowOffload creates a flowtable in a network namespace of its own.
 func (c *checker) checkFlowOffload() {
 	const check = "flow-offload"
-	namespace, err := newNamespace()
+	namespace, err := scratchns.New()
 	if err != nil {
 		c.Add(check, Warning, "run the command as root on the node", "not tried: %v", err)
 		return

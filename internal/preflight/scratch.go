@@ -5,55 +5,19 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/internal/backend"
+	"fairlead.io/fairlead/internal/scratchns"
 )
-
-// namespaceError is returned if no network namespace could be created.
-type namespaceError struct{ err error }
-
-func (e namespaceError) Error() string {
-	return fmt.Sprintf("cannot create a network namespace, which needs CAP_SYS_ADMIN: %v", e.err)
-}
-
-func isNamespaceError(err error) bool {
-	_, ok := errors.AsType[namespaceError](err)
-	return ok
-}
-
-// newNamespace returns a new network namespace. It exists until the file is closed.
-func newNamespace() (*os.File, error) {
-	type result struct {
-		file *os.File
-		err  error
-	}
-	created := make(chan result)
-	go func() {
-		// The thread is not unlocked, so it ends with the goroutine.
-		runtime.LockOSThread()
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			created <- result{nil, namespaceError{err}}
-			return
-		}
-		file, err := os.Open("/proc/thread-self/ns/net")
-		created <- result{file, err}
-	}()
-	r := <-created
-	return r.file, r.err
-}
 
 // programExample programs example Services with the backend in a new network namespace, and reads
 // them back.
 func programExample(ctx context.Context, b backend.Backend, o backend.Options) error {
-	namespace, err := newNamespace()
+	namespace, err := scratchns.New()
 	if err != nil {
 		return err
 	}

@@ -183,8 +183,10 @@ func TestKustomize(t *testing.T) {
 	}{
 		{nil, ""},
 		{[]string{"ipvs"}, "mode: ipvs"},
+		{[]string{"flow-offload"}, "flowOffload: software"},
 		{[]string{"canary"}, "canary: {nodes: only}"},
 		{[]string{"ipvs", "canary"}, "{mode: ipvs, canary: {nodes: only}}"},
+		{[]string{"flow-offload", "canary"}, "{flowOffload: software, canary: {nodes: only}}"},
 	} {
 		want := render(t, plainValues(t, tc.values))
 		// A component cannot change a field in config.conf.
@@ -261,6 +263,8 @@ var valueSets = map[string]string{
 	"everything":        everything,
 	"pod monitor":       `{config: {metricsBindAddress: "0.0.0.0:10249"}, podMonitor: {enabled: true}}`,
 	"mode ipvs":         "mode: ipvs",
+	"flow offload":      "{flowOffload: hardware, flowOffloadThreshold: 2000000}",
+	"no flow offload":   "{mode: ipvs, flowOffload: off}",
 	"no init container": "{setUp: {enabled: false}, mode: ipvs, config: {conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}}}",
 	"canary nodes":      "canary: {nodes: only}",
 	"other nodes":       "canary: {nodes: except}",
@@ -279,6 +283,9 @@ func TestErrors(t *testing.T) {
 		"config: {clusterCidr: 10.0.0.0/8}":          "additional properties 'clusterCidr' not allowed",
 		"config: {healthzBindAddress: 0.0.0.0}":      "at '/config/healthzBindAddress'",
 		"mode: iptables":                             "at '/mode': value must be one of 'nft', 'ipvs'",
+		"flowOffload: always":                        "at '/flowOffload': value must be one of 'off', 'software', 'hardware', false",
+		"flowOffloadThreshold: 0":                    "at '/flowOffloadThreshold': minimum: got 0, want 1",
+		"{mode: ipvs, flowOffload: software}":        "flowOffload=software requires mode=nft",
 		"image: {digest: abc}":                       "at '/image/digest'",
 		"podLabels: {app.kubernetes.io/name: other}": "invalid propertyName 'app.kubernetes.io/name'",
 		"extraArgs: [run]":                           "at '/extraArgs/0'",

@@ -156,6 +156,44 @@ func TestPlacement(t *testing.T) {
 	}
 }
 
+// TestFlowOffload checks the arguments of flowOffload, and that only the init container, which loads
+// modules, gets more rights.
+func TestFlowOffload(t *testing.T) {
+	pod := func(set string) corev1.PodSpec {
+		return convert[appsv1.DaemonSet](t, render(t, plainValues(t, set))["DaemonSet fairlead"]).Spec.Template.Spec
+	}
+	off := pod("")
+	for set, want := range map[string][]string{
+		"flowOffload: off":      nil, // YAML reads it as false
+		"flowOffload: 'off'":    nil,
+		"flowOffload: software": {"--flow-offload=software", "--flow-offload-threshold=20"},
+		"{flowOffload: hardware, flowOffloadThreshold: 2000000}":  {"--flow-offload=hardware", "--flow-offload-threshold=2000000"},
+		"{flowOffload: software, setUp: {enabled: false}}":        {"--flow-offload=software", "--flow-offload-threshold=20"},
+		"{flowOffload: software, extraArgs: [--log-level=debug]}": {"--flow-offload=software", "--flow-offload-threshold=20", "--log-level=debug"},
+	} {
+		got := pod(set)
+		container := got.Containers[0]
+		if diff := cmp.Diff(append(slices.Clone(off.Containers[0].Args), want...), container.Args); diff != "" {
+			t.Errorf("%s: arguments (-want +got):\n%s", set, diff)
+		}
+		container.Args = off.Containers[0].Args
+		if diff := cmp.Diff(off.Containers[0], container); diff != "" {
+			t.Errorf("%s: the main container differs (-without +with):\n%s", set, diff)
+		}
+		var mounts []string
+		for _, c := range got.InitContainers {
+			for _, m := range c.VolumeMounts {
+				mounts = append(mounts, m.MountPath)
+			}
+		}
+		modules := slices.ContainsFunc(got.Volumes, func(v corev1.Volume) bool { return v.HostPath != nil && v.HostPath.Path == "/lib/modules" })
+		wantModules := want != nil && len(got.InitContainers) > 0
+		if modules != wantModules || slices.Contains(mounts, "/lib/modules") != wantModules {
+			t.Errorf("%s: volumes %v, mounts of the init container %v", set, got.Volumes, mounts)
+		}
+	}
+}
+
 // TestMemoryLimit checks that GOMEMLIMIT is derived from the memory limit, if there is one.
 func TestMemoryLimit(t *testing.T) {
 	for set, want := range map[string]string{

@@ -67,12 +67,26 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- include "fairlead.metricsBindAddress" . | regexFind "[0-9]+$" }}
 {{- end }}
 
+{{- /* Whether --flow-offload is set, as text. */ -}}
+{{- define "fairlead.flowOffload" -}}
+{{- if has .Values.flowOffload (list "software" "hardware") }}true{{ end }}
+{{- end }}
+
+{{- /* Whether the init container loads kernel modules from the host's /lib/modules, as text. */ -}}
+{{- define "fairlead.loadsModules" -}}
+{{- if and .Values.setUp.enabled (or (eq .Values.mode "ipvs") (include "fairlead.flowOffload" .)) }}true{{ end }}
+{{- end }}
+
 {{- define "fairlead.args" -}}
 - run
 - --config=/var/lib/kube-proxy/config.conf
 - --hostname-override=$(NODE_NAME)
 {{- if eq .Values.mode "ipvs" }}
 - --mode=ipvs
+{{- end }}
+{{- if include "fairlead.flowOffload" . }}
+- --flow-offload={{ .Values.flowOffload }}
+- --flow-offload-threshold={{ int64 .Values.flowOffloadThreshold }}
 {{- end }}
 {{- with .Values.serviceProxyName }}
 - --service-proxy-name={{ . }}
@@ -108,6 +122,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
 {{- define "fairlead.validate" -}}
+{{- if and (include "fairlead.flowOffload" .) (eq .Values.mode "ipvs") }}
+{{- fail (printf "flowOffload=%s requires mode=nft, because IPVS receives packets as if they were for the node itself: set flowOffload to \"off\", or the mode to nft" .Values.flowOffload) }}
+{{- end }}
 {{- if .Values.existingConfigMap }}
 {{- if .Values.serviceProxyName }}
 {{- fail "existingConfigMap cannot be used with serviceProxyName, because kube-proxy on the same node uses the ports in it: set apiServer and config" }}
