@@ -55,6 +55,7 @@ func TestFlowOffload(t *testing.T) {
 		})
 	}
 	offload(len(backend))
+	n.awaitMetric(metrics, fmt.Sprintf("fairlead_flow_offload_active_connections %d", len(backend)))
 	n.nft("flush", "ruleset")
 	awaitTable(true)
 	n.awaitAnswers(backend, "a")

@@ -230,7 +230,7 @@ func (a *Agent) newMetrics(o Options) *metrics.Metrics {
 		m.AddServiceConnections(a.readServiceCounters)
 	}
 	if a.flowOffload != nil {
-		m.AddFlowOffload(a.flowOffload.Stats)
+		m.AddFlowOffload(a.readFlowOffload)
 	}
 	m.AddConntrackSettings(func() int { return int(a.conntrackSettings.failing.Load()) })
 	m.AddNodeSettings(func() map[string]int { return countSettingProblems(a.nodeSettings.Problems()) })

@@ -48,6 +48,13 @@ func (a *Agent) newFlowOffload(inner dataplane.Dataplane, c config.FlowOffload, 
 	return d, nil
 }
 
+// readFlowOffload reads the state of the flowtable for a scrape.
+func (a *Agent) readFlowOffload() flowoffload.Stats {
+	ctx, cancel := context.WithTimeout(context.Background(), countersTimeout)
+	defer cancel()
+	return a.flowOffload.Stats(ctx)
+}
+
 // removeFlowOffload removes the flowtable of an earlier process with --flow-offload, once all Services
 // are programmed.
 func removeFlowOffload(ctx context.Context, log *slog.Logger, programmed <-chan struct{}) {

@@ -82,9 +82,9 @@ func openPaths(b *testing.B, network string) []*benchmarkPath {
 	if err := d.Replace(b.Context(), dataplane.Node{}, slices.Values(services), nil); err != nil {
 		b.Fatal(err)
 	}
-	for deadline := time.Now().Add(patience); d.Stats().Devices < 3; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); d.stats().Devices < 3; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			b.Fatalf("the flowtable has no devices: %+v", d.Stats())
+			b.Fatalf("the flowtable has no devices: %+v", d.stats())
 		}
 	}
 	// The table of the first Service's connections stays out of the flowtable.
@@ -104,7 +104,7 @@ func openPaths(b *testing.B, network string) []*benchmarkPath {
 		b.Cleanup(func() { _ = p.conn.Close() })
 		warmUp(b, p.conn)
 	}
-	if s := d.Stats(); s.Offloaded != 1 {
+	if s := d.stats(); s.Offloaded != 1 {
 		b.Fatalf("%d connections are offloaded, want one", s.Offloaded)
 	}
 	return paths

@@ -47,6 +47,8 @@ type Dataplane struct {
 	watcher *flowdevices.Watcher
 	// drift reports changes of the table by other programs.
 	drift *drift
+	// connections counts the connections in the flowtable.
+	connections *active
 
 	// mu protects the remaining fields. It is not held during calls of the inner Dataplane.
 	mu    sync.Mutex
@@ -98,6 +100,7 @@ func New(inner dataplane.Dataplane, o Options) (*Dataplane, error) {
 	}
 	d.watcher = flowdevices.New(flowdevices.Options{NetNS: o.NetNS, Logger: log}, d.setDevices)
 	d.drift = &drift{netns: o.NetNS, log: log, ownPort: d.hooks.conn.PID()}
+	d.connections = newActive(o.NetNS, log)
 	return d, nil
 }
 
@@ -433,10 +436,27 @@ type Stats struct {
 	Devices, Refused int
 	// Offloaded is the number of times that a connection was offloaded since the table was created.
 	Offloaded uint64
+	// Active is the number of translated connections that are in a flowtable. It may be older than the
+	// other fields by 100 times the time that it takes to count them. It is negative if they cannot be
+	// counted.
+	Active int
 }
 
 // Stats returns the current state.
-func (d *Dataplane) Stats() Stats {
+func (d *Dataplane) Stats(ctx context.Context) Stats {
+	s := d.stats()
+	if !s.Ready {
+		return s
+	}
+	var err error
+	if s.Active, err = d.connections.read(ctx); err != nil {
+		s.Active = -1
+	}
+	return s
+}
+
+// stats returns the state without the number of active connections.
+func (d *Dataplane) stats() Stats {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s := Stats{Ready: d.intact, Devices: len(d.active), Refused: len(d.refused)}

@@ -39,7 +39,8 @@
 // route changes, when a device goes away, and when its conntrack entry is deleted
 // (nf_flow_table_core.c). The last one is how a UDP flow leaves a removed endpoint: see package
 // conntrack. Kernels before 6.4 refuse to delete the entry of an offloaded flow (EBUSY), so only TCP
-// connections are offloaded there.
+// connections are offloaded there. Newer kernels keep a TCP connection that ends until the timeout, or
+// until a SYN (nf_flow_table_ip.c, NF_FLOW_CLOSING).
 //
 // The rule `ct packets` switches on net.netfilter.nf_conntrack_acct. Connections that started before
 // it have no counter and are never offloaded.

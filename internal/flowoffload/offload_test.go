@@ -142,7 +142,7 @@ func (n *testNode) awaitDevices() {
 		if diff := cmp.Diff(want, n.hooked()); diff != "" {
 			return fmt.Errorf("(-want +got):\n%s", diff)
 		}
-		if s := n.dp.Stats(); !s.Ready || s.Devices != len(want) || s.Refused != 0 {
+		if s := n.dp.stats(); !s.Ready || s.Devices != len(want) || s.Refused != 0 {
 			return fmt.Errorf("%+v, want ready with %d devices", s, len(want))
 		}
 		return nil
@@ -439,7 +439,7 @@ func TestOffload(t *testing.T) {
 		})
 	}
 	n.t = t
-	if s := n.dp.Stats(); s.Offloaded < 6 {
+	if s := n.dp.stats(); s.Offloaded < 6 {
 		t.Errorf("%+v, want at least 6 offloaded connections", s)
 	}
 }
@@ -542,6 +542,34 @@ func TestEndOfFlows(t *testing.T) {
 		if answer, err := n.Outside.Connect(ctx, nettest.TCP, netip.MustParseAddrPort("203.0.113.1:80")); err == nil {
 			t.Errorf("a client outside the source ranges reaches %+v", answer)
 		}
+	})
+	t.Run("number of active connections", func(t *testing.T) {
+		n := newTestNode(t)
+		n.replace(service(n, 1))
+		n.setSysctl("nf_flowtable_tcp_timeout", "2")
+		active := func(want int, lasting ...*conn) {
+			t.Helper()
+			n.eventually("number of active connections", func() error {
+				for _, c := range lasting {
+					c.ask(1)
+				}
+				if s := n.dp.Stats(t.Context()); s.Active != want {
+					return fmt.Errorf("%+v, want %d active", s, want)
+				}
+				return nil
+			})
+		}
+		n.open(n.pods[0], to) // stays below the threshold
+		active(0)
+		first, second := n.open(n.pods[0], to), n.open(n.Outside, to)
+		first.awaitOffload()
+		active(1, first)
+		second.awaitOffload()
+		active(2, first, second)
+		if err := first.Close(); err != nil {
+			t.Fatal(err)
+		}
+		active(1, second)
 	})
 	t.Run("removal", func(t *testing.T) {
 		n := newTestNode(t)
@@ -651,8 +679,8 @@ func TestRestart(t *testing.T) {
 	n.addPod("new")
 	n.start(Options{})
 	n.replace(service)
-	if got := n.flowtable().Handle; got != handle || n.dp.Stats().Offloaded == 0 {
-		t.Errorf("a restart creates the table again: handle %d after %d, %+v", got, handle, n.dp.Stats())
+	if got := n.flowtable().Handle; got != handle || n.dp.stats().Offloaded == 0 {
+		t.Errorf("a restart creates the table again: handle %d after %d, %+v", got, handle, n.dp.stats())
 	}
 	c.awaitOffload()
 	content, err := n.dp.table.read(n.dp.conn, true)
@@ -666,7 +694,7 @@ func TestRestart(t *testing.T) {
 	}
 	// The driver of veth does not support hardware offload, so no device takes part.
 	n.eventually("all devices are refused", func() error {
-		if s := n.dp.Stats(); !s.Ready || s.Devices != 0 || s.Refused != len(n.deviceNames())-1 {
+		if s := n.dp.stats(); !s.Ready || s.Devices != 0 || s.Refused != len(n.deviceNames())-1 {
 			return fmt.Errorf("%+v", s)
 		}
 		return nil
@@ -704,8 +732,8 @@ func TestUnsupported(t *testing.T) {
 	if answer, err := network.Outside.Connect(t.Context(), nettest.TCP, service.Frontends[0].Addr); err != nil || answer.Host != "pod" {
 		t.Errorf("answer %+v, error %v", answer, err)
 	}
-	if len(failures) != 1 || !errors.Is(failures[0], ErrUnsupported) || d.Stats().Ready {
-		t.Errorf("reported %v, %+v", failures, d.Stats())
+	if len(failures) != 1 || !errors.Is(failures[0], ErrUnsupported) || d.stats().Ready {
+		t.Errorf("reported %v, %+v", failures, d.stats())
 	}
 }
 

@@ -10,7 +10,7 @@ import (
 type flowOffloadCollector struct {
 	read func() flowoffload.Stats
 
-	ready, devices, refused, offloaded *prometheus.Desc
+	ready, devices, refused, offloaded, active *prometheus.Desc
 }
 
 var _ prometheus.Collector = (*flowOffloadCollector)(nil)
@@ -28,12 +28,14 @@ func (m *Metrics) AddFlowOffload(read func() flowoffload.Stats) {
 			"Network interfaces that are not in the flowtable of --flow-offload, because their drivers do not support it.", nil, nil),
 		offloaded: prometheus.NewDesc("fairlead_flow_offload_connections_total",
 			"Connections that were put into the flowtable of --flow-offload. A connection that was idle and continues counts again.", nil, nil),
+		active: prometheus.NewDesc("fairlead_flow_offload_active_connections",
+			"Connections to Services that are in a flowtable now, including some that ended at most 30 s ago.", nil, nil),
 	})
 }
 
 // Describe implements [prometheus.Collector].
 func (f *flowOffloadCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, desc := range []*prometheus.Desc{f.ready, f.devices, f.refused, f.offloaded} {
+	for _, desc := range []*prometheus.Desc{f.ready, f.devices, f.refused, f.offloaded, f.active} {
 		ch <- desc
 	}
 }
@@ -49,4 +51,7 @@ func (f *flowOffloadCollector) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(f.devices, prometheus.GaugeValue, float64(s.Devices))
 	ch <- prometheus.MustNewConstMetric(f.refused, prometheus.GaugeValue, float64(s.Refused))
 	ch <- prometheus.MustNewConstMetric(f.offloaded, prometheus.CounterValue, float64(s.Offloaded))
+	if s.Active >= 0 {
+		ch <- prometheus.MustNewConstMetric(f.active, prometheus.GaugeValue, float64(s.Active))
+	}
 }

@@ -89,7 +89,7 @@ func readOwnExpressions(t *testing.T) map[string]string {
 // that a scrape has series for each selector.
 func TestOwnAlertsAndDashboard(t *testing.T) {
 	expressions := readOwnExpressions(t)
-	p := fairlead(t, "--service-metrics=default/*")
+	p := fairlead(t, "--service-metrics=default/*", "--flow-offload=software")
 	p.awaitProgrammed()
 	// The counter of drift begins with the first repair.
 	if err := p.net.Node.Do(func() error { return exec.Command("nft", "delete", "table", "ip", "fairlead").Run() }); err != nil {
