@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/dataplanetest"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
@@ -75,9 +76,9 @@ func TestBridge(t *testing.T) {
 	}
 	n.node.PodInterface, n.node.PodCIDRs = "cni0", nil
 	n.replace(
-		newService(t, "bridged", dataplane.ClusterIP, spec(bridged[1]), "tcp 10.96.0.10:80", "udp 10.96.0.10:80"),
-		newService(t, "routed", dataplane.ClusterIP, spec(n.pods[0]), "tcp 10.96.0.11:80"),
-		newService(t, "self", dataplane.ClusterIP, spec(bridged[0]), "tcp 10.96.0.12:80"),
+		dataplanetest.NewService(t, "bridged", dataplane.ClusterIP, spec(bridged[1]), "tcp 10.96.0.10:80", "udp 10.96.0.10:80"),
+		dataplanetest.NewService(t, "routed", dataplane.ClusterIP, spec(n.pods[0]), "tcp 10.96.0.11:80"),
+		dataplanetest.NewService(t, "self", dataplane.ClusterIP, spec(bridged[0]), "tcp 10.96.0.12:80"),
 	)
 	for _, test := range []struct {
 		name string

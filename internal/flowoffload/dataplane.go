@@ -40,7 +40,7 @@ type Options struct {
 // Dataplane wraps the Dataplane of a backend that translates addresses with nftables. Failures of the
 // flowtable do not affect Services.
 type Dataplane struct {
-	dataplane.Dataplane
+	dataplane.Wrapper
 
 	options Options
 	log     *slog.Logger
@@ -88,7 +88,7 @@ func New(inner dataplane.Dataplane, o Options) (*Dataplane, error) {
 		return nil, err
 	}
 	d := &Dataplane{
-		Dataplane: inner, options: o, log: log, table: newTable(o.Threshold, o.Hardware, withUDP),
+		Wrapper: dataplane.Wrapper{Dataplane: inner}, options: o, log: log, table: newTable(o.Threshold, o.Hardware, withUDP),
 		owners: map[dataplane.Frontend]dataplane.Key{}, services: map[dataplane.Key][]dataplane.Frontend{},
 		active: map[flowdevices.Device]struct{}{}, refused: map[flowdevices.Device]struct{}{},
 	}
@@ -468,22 +468,6 @@ func (d *Dataplane) stats() Stats {
 		s.Offloaded = c.Packets
 	}
 	return s
-}
-
-// Lost implements [dataplane.LossNotifier]. Without a LossNotifier inside, the channel never receives.
-func (d *Dataplane) Lost() <-chan struct{} {
-	if n, ok := d.Dataplane.(dataplane.LossNotifier); ok {
-		return n.Lost()
-	}
-	return nil
-}
-
-// Prefetch implements [dataplane.Prefetcher].
-func (d *Dataplane) Prefetch(ctx context.Context, desired dataplane.Desired) error {
-	if p, ok := d.Dataplane.(dataplane.Prefetcher); ok {
-		return p.Prefetch(ctx, desired)
-	}
-	return nil
 }
 
 // Close closes the connections to the kernel, but not the inner Dataplane. The flowtable stays.

@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/dataplanetest"
 )
 
 // TestListing checks how nft prints the table.
@@ -19,8 +20,8 @@ func TestListing(t *testing.T) {
 	}
 	n := newTestNode(t)
 	n.replace(
-		newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, "tcp 10.96.0.10:80"),
-		newService(t, "node6", dataplane.NodePort, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv6, 1)}, "udp [::]:30080"),
+		dataplanetest.NewService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, "tcp 10.96.0.10:80"),
+		dataplanetest.NewService(t, "node6", dataplane.NodePort, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv6, 1)}, "udp [::]:30080"),
 	)
 	var out []byte
 	err = n.Node.Do(func() error {

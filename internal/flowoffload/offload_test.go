@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/dataplanetest"
 	"fairlead.io/fairlead/internal/conntrack"
 	"fairlead.io/fairlead/internal/nettest"
 	"fairlead.io/fairlead/internal/nlconn"
@@ -270,26 +271,6 @@ func (n *testNode) endpoints(f dataplane.Family, pods ...int) (all []dataplane.E
 	return all
 }
 
-// newService returns a Service of the namespace default. Frontends are written as in
-// "tcp 10.96.0.10:80".
-func newService(t *testing.T, name string, kind dataplane.Kind, spec dataplane.ServiceSpec, frontends ...string) *dataplane.Service {
-	t.Helper()
-	var all []dataplane.Frontend
-	for _, text := range frontends {
-		network, addr, _ := strings.Cut(text, " ")
-		f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort(addr)}
-		if network == nettest.UDP {
-			f.Protocol = dataplane.UDP
-		}
-		all = append(all, f)
-	}
-	s, err := dataplane.NewService(dataplane.Key{Namespace: "default", Name: name, Family: dataplane.FamilyOf(all[0].Addr.Addr()), Kind: kind}, all, spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
 // conn is a client's connection through a Service.
 type conn struct {
 	*nettest.Conn
@@ -382,16 +363,16 @@ func TestOffload(t *testing.T) {
 		return dataplane.ServiceSpec{Endpoints: n.endpoints(f, pods...), Masquerade: dataplane.MasqueradeAlways}
 	}
 	n.replace(
-		newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 1, 2)}, "tcp 10.96.0.10:80"),
-		newService(t, "web6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v6, 1, 2)}, "tcp [fd00:96::10]:80"),
-		newService(t, "dns", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 1, 2)}, "udp 10.96.0.53:53"),
-		newService(t, "dns6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v6, 1, 2)}, "udp [fd00:96::53]:53"),
-		newService(t, "sticky", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0, 1, 2), Affinity: time.Hour}, "tcp 10.96.0.11:80"),
-		newService(t, "self", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0)}, "tcp 10.96.0.12:80", "udp 10.96.0.12:80"),
-		newService(t, "masqueraded", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 1), Masquerade: dataplane.MasqueradeOffCluster}, "tcp 10.96.0.13:80"),
-		newService(t, "node", dataplane.NodePort, always(v4, 1), "tcp 0.0.0.0:30080", "udp 0.0.0.0:30080"),
-		newService(t, "node6", dataplane.NodePort, always(v6, 1), "tcp [::]:30080"),
-		newService(t, "external", dataplane.LoadBalancer, always(v4, 1), "tcp 203.0.113.1:80"),
+		dataplanetest.NewService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 1, 2)}, "tcp 10.96.0.10:80"),
+		dataplanetest.NewService(t, "web6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v6, 1, 2)}, "tcp [fd00:96::10]:80"),
+		dataplanetest.NewService(t, "dns", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 1, 2)}, "udp 10.96.0.53:53"),
+		dataplanetest.NewService(t, "dns6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v6, 1, 2)}, "udp [fd00:96::53]:53"),
+		dataplanetest.NewService(t, "sticky", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0, 1, 2), Affinity: time.Hour}, "tcp 10.96.0.11:80"),
+		dataplanetest.NewService(t, "self", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0)}, "tcp 10.96.0.12:80", "udp 10.96.0.12:80"),
+		dataplanetest.NewService(t, "masqueraded", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 1), Masquerade: dataplane.MasqueradeOffCluster}, "tcp 10.96.0.13:80"),
+		dataplanetest.NewService(t, "node", dataplane.NodePort, always(v4, 1), "tcp 0.0.0.0:30080", "udp 0.0.0.0:30080"),
+		dataplanetest.NewService(t, "node6", dataplane.NodePort, always(v6, 1), "tcp [::]:30080"),
+		dataplanetest.NewService(t, "external", dataplane.LoadBalancer, always(v4, 1), "tcp 203.0.113.1:80"),
 	)
 	pod, outside := n.pods[0], n.Outside
 	for _, test := range []struct {
@@ -453,7 +434,7 @@ func isGateway(a netip.Addr) bool {
 func TestEndOfFlows(t *testing.T) {
 	const to, udp = "tcp 10.96.0.10:80", "udp 10.96.0.10:80"
 	service := func(n *testNode, pods ...int) *dataplane.Service {
-		return newService(n.t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, to)
+		return dataplanetest.NewService(n.t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, to)
 	}
 	t.Run("idle", func(t *testing.T) {
 		n := newTestNode(t)
@@ -489,7 +470,7 @@ func TestEndOfFlows(t *testing.T) {
 	t.Run("removed endpoint with UDP", func(t *testing.T) {
 		n := newTestNode(t)
 		dns := func(pods ...int) *dataplane.Service {
-			return newService(n.t, "dns", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, udp)
+			return dataplanetest.NewService(n.t, "dns", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, udp)
 		}
 		cleaner := conntrack.New(conntrack.Options{NetNS: n.Node.Fd()})
 		go func() { _ = cleaner.Run(t.Context()) }()
@@ -527,7 +508,7 @@ func TestEndOfFlows(t *testing.T) {
 	t.Run("source ranges", func(t *testing.T) {
 		n := newTestNode(t)
 		restricted := func(ranges ...netip.Prefix) *dataplane.Service {
-			return newService(n.t, "lb", dataplane.LoadBalancer, dataplane.ServiceSpec{
+			return dataplanetest.NewService(n.t, "lb", dataplane.LoadBalancer, dataplane.ServiceSpec{
 				Endpoints: n.endpoints(dataplane.IPv4, 1), SourceRanges: ranges, Masquerade: dataplane.MasqueradeAlways,
 			}, "tcp 203.0.113.1:80")
 		}
@@ -600,7 +581,7 @@ func TestDevices(t *testing.T) {
 	n := newTestNode(t)
 	const to = "tcp 10.96.0.10:80"
 	service := func(pods ...int) *dataplane.Service {
-		return newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, to)
+		return dataplanetest.NewService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, pods...)}, to)
 	}
 	n.replace(service(1))
 	c := n.open(n.pods[0], to)
@@ -632,7 +613,7 @@ func TestDevices(t *testing.T) {
 func TestRepair(t *testing.T) {
 	n := newTestNode(t)
 	const to = "tcp 10.96.0.10:80"
-	n.replace(newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, to))
+	n.replace(dataplanetest.NewService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, to))
 	c := n.open(n.pods[0], to)
 	c.awaitOffload()
 	other, err := nftables.New(nftables.WithNetNSFd(n.Node.Fd()))
@@ -669,8 +650,8 @@ func TestRepair(t *testing.T) {
 func TestRestart(t *testing.T) {
 	n := newTestNode(t)
 	const to = "tcp 10.96.0.10:80"
-	service := newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, to)
-	gone := newService(t, "gone", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, "tcp 10.96.0.11:80")
+	service := dataplanetest.NewService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, to)
+	gone := dataplanetest.NewService(t, "gone", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 1)}, "tcp 10.96.0.11:80")
 	n.replace(service, gone)
 	c := n.open(n.pods[0], to)
 	c.awaitOffload()
@@ -721,7 +702,7 @@ func TestUnsupported(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	service := newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{
+	service := dataplanetest.NewService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{
 		Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(pod.IPv4, podPort)}},
 	}, "tcp 10.96.0.10:80")
 	for range 2 {

@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/dataplanetest"
 	"fairlead.io/fairlead/internal/nettest"
 	"fairlead.io/fairlead/nft"
 )
@@ -89,28 +90,6 @@ func (n *testNode) endpoints(f dataplane.Family, pods ...int) (all []dataplane.E
 	return all
 }
 
-// newService returns a Service of the namespace default with frontends of a kind. Protocol and frontends
-// are written as in "tcp 10.96.0.10:80".
-func newService(t *testing.T, name string, kind dataplane.Kind, spec dataplane.ServiceSpec, frontends ...string) *dataplane.Service {
-	t.Helper()
-	var all []dataplane.Frontend
-	for _, text := range frontends {
-		network, addr, _ := strings.Cut(text, " ")
-		f := dataplane.Frontend{Protocol: dataplane.TCP, Addr: netip.MustParseAddrPort(addr)}
-		if network == nettest.UDP {
-			f.Protocol = dataplane.UDP
-		}
-		all = append(all, f)
-	}
-	s, err := dataplane.NewService(dataplane.Key{
-		Namespace: "default", Name: name, Family: dataplane.FamilyOf(all[0].Addr.Addr()), Kind: kind,
-	}, all, spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
 // connect opens connections, written as frontends, and counts them by the endpoint that answered.
 func (n *testNode) connect(t *testing.T, counts map[string]uint64, name string, kind dataplane.Kind, times int, to string) {
 	t.Helper()
@@ -160,10 +139,10 @@ func TestCounts(t *testing.T) {
 	const v4, v6 = dataplane.IPv4, dataplane.IPv6
 	n := newTestNode(t)
 	cluster := func(pods ...int) *dataplane.Service {
-		return newService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, pods...)}, "tcp 10.96.0.10:80")
+		return dataplanetest.NewService(t, "web", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, pods...)}, "tcp 10.96.0.10:80")
 	}
 	nodePort := func(pods ...int) *dataplane.Service {
-		return newService(t, "web", dataplane.NodePort,
+		return dataplanetest.NewService(t, "web", dataplane.NodePort,
 			dataplane.ServiceSpec{Endpoints: n.endpoints(v4, pods...), Masquerade: dataplane.MasqueradeAlways}, "tcp 0.0.0.0:30080")
 	}
 	var external []string // enough frontends for a shared list
@@ -171,18 +150,18 @@ func TestCounts(t *testing.T) {
 		external = append(external, fmt.Sprintf("tcp 198.51.100.%d:80", i+1))
 	}
 	others := []*dataplane.Service{
-		newService(t, "web6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v6, 0, 1)}, "tcp [fd00:96::10]:80"),
-		newService(t, "dns", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0, 1)}, "udp 10.96.0.53:53"),
-		newService(t, "dns6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v6, 2)}, "udp [fd00:96::53]:53"),
-		newService(t, "sticky", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0, 1, 2), Affinity: 3 * 3600e9}, "tcp 10.96.0.11:80"),
-		newService(t, "shared", dataplane.ExternalIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0, 1, 2)}, external...),
-		newService(t, "local", dataplane.LoadBalancer, dataplane.ServiceSpec{
+		dataplanetest.NewService(t, "web6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v6, 0, 1)}, "tcp [fd00:96::10]:80"),
+		dataplanetest.NewService(t, "dns", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0, 1)}, "udp 10.96.0.53:53"),
+		dataplanetest.NewService(t, "dns6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v6, 2)}, "udp [fd00:96::53]:53"),
+		dataplanetest.NewService(t, "sticky", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0, 1, 2), Affinity: 3 * 3600e9}, "tcp 10.96.0.11:80"),
+		dataplanetest.NewService(t, "shared", dataplane.ExternalIP, dataplane.ServiceSpec{Endpoints: n.endpoints(v4, 0, 1, 2)}, external...),
+		dataplanetest.NewService(t, "local", dataplane.LoadBalancer, dataplane.ServiceSpec{
 			Endpoints: n.endpoints(v4, 0), LocalEndpoints: n.endpoints(v4, 1), ExternalTrafficPolicyLocal: true,
 		}, "tcp 203.0.113.1:80"),
-		newService(t, "node", dataplane.ClusterIP, dataplane.ServiceSpec{
+		dataplanetest.NewService(t, "node", dataplane.ClusterIP, dataplane.ServiceSpec{
 			Endpoints: []dataplane.Endpoint{{Addr: netip.AddrPortFrom(n.Node.IPv4, 8080)}},
 		}, "tcp 10.96.0.12:80"),
-		newService(t, "empty", dataplane.ClusterIP, dataplane.ServiceSpec{}, "tcp 10.96.0.13:80"),
+		dataplanetest.NewService(t, "empty", dataplane.ClusterIP, dataplane.ServiceSpec{}, "tcp 10.96.0.13:80"),
 	}
 	all := func(services ...*dataplane.Service) []*dataplane.Service { return append(services, others...) }
 	n.replace(t, all(cluster(0, 1), nodePort(0, 1))...)
@@ -251,8 +230,8 @@ func TestLimit(t *testing.T) {
 	t.Parallel()
 	n := newTestNode(t)
 	n.dp.options.MaxCounters = 4
-	a := newService(t, "a", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 0, 1)}, "tcp 10.96.0.10:80")
-	b := newService(t, "b", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 0, 1)}, "tcp 10.96.0.11:80")
+	a := dataplanetest.NewService(t, "a", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 0, 1)}, "tcp 10.96.0.10:80")
+	b := dataplanetest.NewService(t, "b", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv4, 0, 1)}, "tcp 10.96.0.11:80")
 	n.replace(t, a, b)
 	counts, err := n.dp.Counts(t.Context())
 	if err != nil || counts.Counters != 3 || counts.Limited != 1 {

@@ -36,7 +36,8 @@ type Options struct {
 
 // Dataplane wraps the Dataplane of a backend. Failures to write counters do not affect Services.
 type Dataplane struct {
-	inner    dataplane.Dataplane
+	dataplane.Wrapper
+
 	options  Options
 	log      *slog.Logger
 	families map[dataplane.Family]*family
@@ -76,7 +77,7 @@ func New(inner dataplane.Dataplane, o Options) (*Dataplane, error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	return &Dataplane{
-		inner: inner, options: o, log: log, conn: conn,
+		Wrapper: dataplane.Wrapper{Dataplane: inner}, options: o, log: log, conn: conn,
 		families: map[dataplane.Family]*family{dataplane.IPv4: newFamily(dataplane.IPv4), dataplane.IPv6: newFamily(dataplane.IPv6)},
 		desired:  map[dataplane.Key]*dataplane.Service{}, limited: map[dataplane.Key]struct{}{},
 		elements: map[element]dataplane.Key{}, removed: map[Series]uint64{},
@@ -90,7 +91,7 @@ func (d *Dataplane) selects(k dataplane.Key) bool {
 // Replace implements [dataplane.Dataplane].
 func (d *Dataplane) Replace(ctx context.Context, node dataplane.Node, services iter.Seq[*dataplane.Service], progress func(int)) error {
 	obsolete := d.beforeReplace(ctx, services)
-	err := d.inner.Replace(ctx, node, services, progress)
+	err := d.Dataplane.Replace(ctx, node, services, progress)
 	var partial *dataplane.Error
 	if err == nil || errors.As(err, &partial) {
 		d.remove(ctx, obsolete)
@@ -116,7 +117,7 @@ func (d *Dataplane) beforeReplace(ctx context.Context, services iter.Seq[*datapl
 // Apply implements [dataplane.Dataplane].
 func (d *Dataplane) Apply(ctx context.Context, changes []dataplane.Change) error {
 	obsolete := d.beforeApply(ctx, changes)
-	err := d.inner.Apply(ctx, changes)
+	err := d.Dataplane.Apply(ctx, changes)
 	var partial *dataplane.Error
 	if err == nil || errors.As(err, &partial) {
 		d.remove(ctx, obsolete)
@@ -349,28 +350,6 @@ func (d *Dataplane) report(ctx context.Context, err error) {
 		d.log.InfoContext(ctx, "counting connections of Services works again")
 	}
 	d.failing = err != nil || d.failing && !d.intact
-}
-
-// Read implements [dataplane.Dataplane].
-func (d *Dataplane) Read(ctx context.Context) (dataplane.State, error) { return d.inner.Read(ctx) }
-
-// Drift implements [dataplane.Dataplane].
-func (d *Dataplane) Drift() <-chan struct{} { return d.inner.Drift() }
-
-// Lost implements [dataplane.LossNotifier]. Without a LossNotifier inside, the channel never receives.
-func (d *Dataplane) Lost() <-chan struct{} {
-	if n, ok := d.inner.(dataplane.LossNotifier); ok {
-		return n.Lost()
-	}
-	return nil
-}
-
-// Prefetch implements [dataplane.Prefetcher].
-func (d *Dataplane) Prefetch(ctx context.Context, desired dataplane.Desired) error {
-	if p, ok := d.inner.(dataplane.Prefetcher); ok {
-		return p.Prefetch(ctx, desired)
-	}
-	return nil
 }
 
 // Close closes the connection to the kernel, but not the inner Dataplane. The counters stay.

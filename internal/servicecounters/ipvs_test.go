@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"fairlead.io/fairlead/dataplane"
+	"fairlead.io/fairlead/dataplane/dataplanetest"
 	"fairlead.io/fairlead/ipvs"
 )
 
@@ -25,10 +26,10 @@ func TestCountsIPVS(t *testing.T) {
 	external := spec
 	external.Masquerade = dataplane.MasqueradeAlways
 	n.replace(t,
-		newService(t, "web", dataplane.ClusterIP, spec, "tcp 10.96.0.10:80"),
-		newService(t, "web", dataplane.NodePort, external, "tcp 0.0.0.0:30080"),
-		newService(t, "web6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv6, 0, 1)}, "tcp [fd00:96::10]:80"),
-		newService(t, "dns", dataplane.ClusterIP, spec, "udp 10.96.0.53:53"),
+		dataplanetest.NewService(t, "web", dataplane.ClusterIP, spec, "tcp 10.96.0.10:80"),
+		dataplanetest.NewService(t, "web", dataplane.NodePort, external, "tcp 0.0.0.0:30080"),
+		dataplanetest.NewService(t, "web6", dataplane.ClusterIP, dataplane.ServiceSpec{Endpoints: n.endpoints(dataplane.IPv6, 0, 1)}, "tcp [fd00:96::10]:80"),
+		dataplanetest.NewService(t, "dns", dataplane.ClusterIP, spec, "udp 10.96.0.53:53"),
 	)
 	want := map[string]uint64{}
 	n.connect(t, want, "web", dataplane.ClusterIP, 5, "tcp 10.96.0.10:80")
