@@ -13,7 +13,6 @@ import (
 
 	"fairlead.io/fairlead/bench/cluster"
 	"fairlead.io/fairlead/bench/result"
-	"fairlead.io/fairlead/bench/statistics"
 	"fairlead.io/fairlead/bench/testbed"
 	"fairlead.io/fairlead/internal/nettest"
 )
@@ -71,16 +70,11 @@ func (m *measurements) addPaths(scenario result.Scenario, paths []*path) error {
 		for _, p := range paths {
 			m.add(p.system, kind.measure, scenario, kind.unit, kind.samples(p))
 		}
-		numerator, denominator := kind.samples(paths[0]), kind.samples(paths[1])
-		interval, err := statistics.PairedRatio(numerator, denominator)
+		err := m.addPairedRatio(kind.measure, scenario,
+			namedSamples{paths[0].system, kind.samples(paths[0])}, namedSamples{paths[1].system, kind.samples(paths[1])})
 		if err != nil {
-			return fmt.Errorf("compare %s: %w", kind.measure, err)
+			return err
 		}
-		m.ratios = append(m.ratios, result.Ratio{
-			Measure: kind.measure, Statistic: "paired-p50", Environment: m.environment, Scenario: scenario,
-			Numerator: paths[0].system, Denominator: paths[1].system, Interval: interval,
-			NumeratorSamples: len(numerator), DenominatorSamples: len(denominator), Method: statistics.Method,
-		})
 	}
 	return nil
 }

@@ -24,10 +24,14 @@ const (
 	DataPath Part = "data-path" // connections through a Service and direct
 	Fairness Part = "fairness"  // distribution of connections over endpoints
 	Memory   Part = "memory"    // memory of the process and of the kernel
+	// Established measures packets of established connections, with and without flow offload.
+	Established Part = "established"
 )
 
 // Parts returns all parts in the order in which Run measures them.
-func Parts() []Part { return []Part{Update, Start, Restart, Churn, DataPath, Fairness, Memory} }
+func Parts() []Part {
+	return []Part{Update, Start, Restart, Churn, DataPath, Established, Fairness, Memory}
+}
 
 // Modes returns the backends that can be measured, the default first.
 func Modes() []string { return backend.Names() }
@@ -58,6 +62,8 @@ type Options struct {
 	// Version and Command go into the report unchanged.
 	Version string
 	Command []string
+
+	flowOffload bool
 }
 
 func (o Options) withDefaults() Options {
@@ -161,5 +167,9 @@ func (o Options) openDataplane(netns int) (dataplane.Dataplane, error) {
 	if err != nil {
 		return nil, err
 	}
-	return b.Dial(backend.Options{NetNS: netns, Logger: slog.New(slog.DiscardHandler)})
+	d, err := b.Dial(backend.Options{NetNS: netns, Logger: slog.New(slog.DiscardHandler)})
+	if err != nil || !o.flowOffload {
+		return d, err
+	}
+	return openOffloading(netns, d)
 }

@@ -34,6 +34,7 @@ func Run(ctx context.Context, o Options) (*result.Report, error) {
 		{[]Part{Start, Restart}, start},
 		{[]Part{Churn}, churn},
 		{[]Part{DataPath}, dataPath},
+		{[]Part{Established}, establishedConnections},
 		{[]Part{Fairness}, fairness},
 		{[]Part{Memory}, memory},
 	} {
@@ -47,10 +48,11 @@ func Run(ctx context.Context, o Options) (*result.Report, error) {
 			return nil, fmt.Errorf("measure %s: %w", stage.parts[0], err)
 		}
 	}
-	if o.includes(DataPath) {
+	report.Systems = append(report.Systems, m.systems...)
+	if o.includes(DataPath) || o.includes(Established) {
 		report.Systems = append(report.Systems, result.System{Name: result.Direct})
 	}
-	report.Measurements, report.Ratios, report.Notes = m.all, m.ratios, m.notes
+	report.Measurements, report.Ratios, report.Notes, report.LeftOut = m.all, m.ratios, m.notes, m.leftOut
 	report.TookSeconds = time.Since(begin).Seconds()
 	return report, nil
 }
@@ -64,6 +66,9 @@ type measurements struct {
 	all         []result.Measurement
 	ratios      []result.Ratio
 	notes       []string
+	// systems are additional systems.
+	systems []result.System
+	leftOut []result.LeftOut
 }
 
 // addSamples adds a measurement of m.system, unless samples and values are both empty.
@@ -87,6 +92,31 @@ func (m *measurements) add(
 		measurement.Samples = samples
 	}
 	m.all = append(m.all, measurement)
+}
+
+// leaveOut records why a measurement is not taken.
+func (m *measurements) leaveOut(system string, measure result.Measure, reason string) {
+	m.leftOut = append(m.leftOut, result.LeftOut{System: system, Measure: measure, Environment: m.environment, Reason: reason})
+}
+
+// namedSamples are the samples of a system.
+type namedSamples struct {
+	system  string
+	samples []float64
+}
+
+// addPairedRatio adds the median of the ratios of samples that were taken in direct succession.
+func (m *measurements) addPairedRatio(measure result.Measure, scenario result.Scenario, numerator, denominator namedSamples) error {
+	interval, err := statistics.PairedRatio(numerator.samples, denominator.samples)
+	if err != nil {
+		return fmt.Errorf("compare %s: %w", measure, err)
+	}
+	m.ratios = append(m.ratios, result.Ratio{
+		Measure: measure, Statistic: "paired-p50", Environment: m.environment, Scenario: scenario,
+		Numerator: numerator.system, Denominator: denominator.system, Interval: interval,
+		NumeratorSamples: len(numerator.samples), DenominatorSamples: len(denominator.samples), Method: statistics.Method,
+	})
+	return nil
 }
 
 func (m *measurements) addNote(text string) { m.notes = append(m.notes, text) }

@@ -75,6 +75,18 @@ func TestRun(t *testing.T) {
 			want[key{result.Throughput, name, size}] = starts
 		}
 	}
+	established := []string{"nft", result.Direct}
+	if len(report.LeftOut) == 0 {
+		established = append(established, "nft-flow-offload")
+	}
+	for _, l := range report.LeftOut {
+		if l.System != "nft-flow-offload" || !strings.HasPrefix(l.Reason, "not supported by this kernel: ") {
+			t.Errorf("left out: %+v", l)
+		}
+	}
+	for _, name := range established {
+		want[key{result.PacketTime, name, base}], want[key{result.TransferTime, name, base}] = o.Samples, o.Samples
+	}
 	got := map[key]int{}
 	for _, m := range report.Measurements {
 		k := key{m.Measure, m.System, m.Scenario}

@@ -1,5 +1,5 @@
-// Package cluster generates the Kubernetes objects that benchmarks program: Services with one TCP
-// port and a cluster IP, and one EndpointSlice each. The addresses are those of package testbed.
+// Package cluster generates the Kubernetes objects that benchmarks program: Services with one
+// port, usually TCP, and a cluster IP, and one EndpointSlice each. The addresses are those of package testbed.
 package cluster
 
 import (
@@ -34,6 +34,8 @@ const (
 type Service struct {
 	Index     int
 	Endpoints []netip.Addr
+
+	udp bool
 }
 
 // NewService returns the i-th Service, with endpoints in [testbed.BackgroundCIDR] that no other
@@ -46,6 +48,13 @@ func NewService(i, endpoints int) *Service {
 	return s
 }
 
+// NewUDPService returns a Service like [NewService] with a UDP port.
+func NewUDPService(i, endpoints int) *Service {
+	s := NewService(i, endpoints)
+	s.udp = true
+	return s
+}
+
 // WatchedAddr returns the n-th endpoint address that the probe watches.
 func WatchedAddr(n int) netip.Addr { return testbed.AddrPlus(testbed.WatchedCIDR.Addr(), n+1) }
 
@@ -55,21 +64,38 @@ func (s *Service) Addr() netip.AddrPort {
 	return netip.AddrPortFrom(testbed.AddrPlus(testbed.ServiceCIDR.Addr(), s.Index+2), Port)
 }
 
+// Target returns the address and port of an endpoint.
+func (s *Service) Target(endpoint int) netip.AddrPort {
+	return netip.AddrPortFrom(s.Endpoints[endpoint], TargetPort)
+}
+
+func (s *Service) protocol() corev1.Protocol {
+	if s.udp {
+		return corev1.ProtocolUDP
+	}
+	return corev1.ProtocolTCP
+}
+
+// withEndpoints returns a copy of the Service with other endpoints.
+func (s *Service) withEndpoints(endpoints []netip.Addr) *Service {
+	return &Service{Index: s.Index, Endpoints: endpoints, udp: s.udp}
+}
+
 // WithReplacedEndpoint returns a copy of the Service whose last endpoint has the address addr.
 func (s *Service) WithReplacedEndpoint(addr netip.Addr) *Service {
 	endpoints := slices.Clone(s.Endpoints)
 	endpoints[len(endpoints)-1] = addr
-	return &Service{s.Index, endpoints}
+	return s.withEndpoints(endpoints)
 }
 
 // WithEndpoint returns a copy of the Service with an additional endpoint.
 func (s *Service) WithEndpoint(addr netip.Addr) *Service {
-	return &Service{s.Index, append(slices.Clone(s.Endpoints), addr)}
+	return s.withEndpoints(append(slices.Clone(s.Endpoints), addr))
 }
 
 // WithoutEndpoint returns a copy of the Service without the given endpoint.
 func (s *Service) WithoutEndpoint(addr netip.Addr) *Service {
-	return &Service{s.Index, slices.DeleteFunc(slices.Clone(s.Endpoints), func(a netip.Addr) bool { return a == addr })}
+	return s.withEndpoints(slices.DeleteFunc(slices.Clone(s.Endpoints), func(a netip.Addr) bool { return a == addr }))
 }
 
 func (s *Service) name() string { return "service-" + strconv.Itoa(s.Index) }
@@ -98,7 +124,7 @@ func (s *Service) Object() *corev1.Service {
 			SessionAffinity: corev1.ServiceAffinityNone, InternalTrafficPolicy: new(corev1.ServiceInternalTrafficPolicyCluster),
 			Selector: map[string]string{"app": s.name()},
 			Ports: []corev1.ServicePort{{
-				Name: portName, Protocol: corev1.ProtocolTCP, Port: Port, TargetPort: intstr.FromInt32(TargetPort),
+				Name: portName, Protocol: s.protocol(), Port: Port, TargetPort: intstr.FromInt32(TargetPort),
 			}},
 		},
 	}
@@ -116,7 +142,7 @@ func (s *Service) Slice() *discoveryv1.EndpointSlice {
 			},
 		},
 		AddressType: discoveryv1.AddressTypeIPv4,
-		Ports:       []discoveryv1.EndpointPort{{Name: new(portName), Protocol: new(corev1.ProtocolTCP), Port: new(int32(TargetPort))}},
+		Ports:       []discoveryv1.EndpointPort{{Name: new(portName), Protocol: new(s.protocol()), Port: new(int32(TargetPort))}},
 		Endpoints:   make([]discoveryv1.Endpoint, len(s.Endpoints)),
 	}
 	for i, addr := range s.Endpoints {

@@ -13,6 +13,8 @@ import (
 	"fairlead.io/fairlead/bench/compare"
 	"fairlead.io/fairlead/bench/result"
 	"fairlead.io/fairlead/bench/system"
+	"fairlead.io/fairlead/internal/flowoffload"
+	"fairlead.io/fairlead/internal/nettest"
 )
 
 // buildFairlead builds the node agent and returns its path.
@@ -122,8 +124,33 @@ func TestRun(t *testing.T) {
 			t.Errorf("no ratio of %s in %+v", want.measure, want.scenario)
 		}
 	}
+	established := []string{"nft", "other", result.Direct}
+	if flowtables := flowoffload.Check(nettest.NamespaceT(t).Fd()); flowtables == nil {
+		established = append(established, "nft-flow-offload")
+		for _, measure := range []result.Measure{result.PacketTime, result.TransferTime} {
+			if !slices.ContainsFunc(r.Ratios, func(q result.Ratio) bool {
+				return q.Measure == measure && q.Numerator == "nft" && q.Denominator == "nft-flow-offload"
+			}) {
+				t.Errorf("no ratio of %s", measure)
+			}
+		}
+	} else if !slices.ContainsFunc(r.LeftOut, func(l result.LeftOut) bool {
+		return l.System == "nft-flow-offload" && l.Measure == result.PacketTime && strings.HasPrefix(l.Reason, "not supported by this kernel: ")
+	}) {
+		t.Errorf("the kernel has no flowtables (%v), left out: %+v", flowtables, r.LeftOut)
+	}
+	for _, name := range established {
+		for _, measure := range []result.Measure{result.PacketTime, result.TransferTime} {
+			if m := r.Find(measure, name, result.Native, size); m == nil || len(m.Samples) != 3 || m.Distribution.Min <= 0 || m.Distribution.Max > 60 {
+				t.Errorf("%s of %s: %+v", measure, name, m)
+			}
+		}
+	}
 	reasons := map[string]string{}
 	for _, l := range r.LeftOut {
+		if l.Measure != "" {
+			continue // above
+		}
 		reasons[l.System] = l.Reason
 	}
 	if reasons["absent"] != "it is not installed" || !strings.Contains(reasons["broken"], "cannot start") || len(reasons) != 2 {

@@ -55,10 +55,12 @@ const (
 	ColdStart Part = "coldstart"
 	Churn     Part = "churn"
 	Memory    Part = "memory"
+	// Established measures packets of established connections, also with flow offload.
+	Established Part = "established"
 )
 
 // Parts returns all parts.
-func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn} }
+func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn, Established} }
 
 // DefaultOptions returns the defaults of `fairlead-bench compare`, except for the systems.
 func DefaultOptions() Options {

@@ -9,7 +9,9 @@ import (
 )
 
 // fairleadSystems returns the systems that others are compared with.
-func fairleadSystems() []string { return []string{system.ModeNFT, system.ModeIPVS} }
+func fairleadSystems() []string {
+	return []string{system.ModeNFT, system.NFTFlowOffload, system.ModeIPVS}
+}
 
 // minSamples is the number of samples of each system that a ratio needs. Fewer samples give a
 // confidence interval that is too narrow.
@@ -30,7 +32,14 @@ func ratios(measurements []result.Measurement) []result.Ratio {
 			if numerator.Measure == result.ChurnCPU || numerator.Measure == result.ColdStartCPU {
 				name, statistic = "mean", statistics.Mean
 			}
-			interval, err := statistics.Ratio(numerator.Samples, denominator.Samples, statistic)
+			compare := statistics.Ratio
+			if numerator.Measure == result.PacketTime || numerator.Measure == result.TransferTime {
+				// Samples of all systems are taken in direct succession.
+				name, compare = "paired-p50", func(a, b []float64, _ func([]float64) float64) (result.Interval, error) {
+					return statistics.PairedRatio(a, b)
+				}
+			}
+			interval, err := compare(numerator.Samples, denominator.Samples, statistic)
 			if err != nil {
 				continue // the denominator is 0: too fast for the clock
 			}

@@ -24,6 +24,8 @@ import (
 type comparison struct {
 	Options
 	report *result.Report
+	// flowOffload is a system with flow offload, nil until [comparison.established] has started it.
+	flowOffload system.System
 }
 
 // serverPool holds the API servers for one number of Services.
@@ -126,6 +128,9 @@ func (c *comparison) runWithServices(ctx context.Context, services int) (err err
 			}
 		}
 	}
+	if c.includes(Established) {
+		return c.established(ctx, nodes, s)
+	}
 	return nil
 }
 
@@ -197,41 +202,10 @@ func closeNode(n *node) error {
 
 // coldStart starts a system on a new node and measures the start.
 func (c *comparison) coldStart(ctx context.Context, sys system.System, s server, content *content) (*node, error) {
-	dir := filepath.Join(c.Dir, sys.Name())
-	if err := os.MkdirAll(dir, 0o750); err != nil {
-		return nil, fmt.Errorf("create the directory for logs: %w", err)
-	}
-	n, err := newNode(ctx, sys, dir, s, content)
-	if err != nil {
-		return nil, err
-	}
-	if err := n.testbed.SetBackgroundReachable(true); err != nil {
-		return n, err
-	}
-	if err := n.start(ctx); err != nil {
-		return n, err
-	}
-	running, cancel := n.contextWhileRunning(ctx)
-	defer cancel()
-	answering, stop := context.WithTimeout(running, c.StartLimit)
-	defer stop()
-	took, err := n.probe.WaitAllAnswer(answering, n.startedAt, content.addrs)
-	if errors.Is(err, testbed.ErrNotObserved) || errors.Is(err, context.DeadlineExceeded) {
-		return n, fmt.Errorf("not all of %d Services answered within %s", len(content.services), c.StartLimit)
-	}
-	if err != nil {
-		return n, errors.Join(err, context.Cause(running))
-	}
-	if err := n.waitIdle(running); err != nil {
-		return n, err
-	}
-	n.settledAt = time.Now()
-	use, err := n.usage()
+	n, took, use, err := c.startNode(ctx, sys, s, content)
 	if err != nil {
 		return n, err
 	}
-	c.progress("%s: the last Service answers after %s; %s of processor time, %d MB resident",
-		sys.Name(), took.Round(time.Millisecond), use.CPU(), use.Resident/1e6)
 	scenario := result.Scenario{Services: len(content.services), Endpoints: c.Endpoints}
 	if c.includes(ColdStart) {
 		c.addSample(n, result.ColdStartAnswer, scenario, "s", took.Seconds())
@@ -241,7 +215,48 @@ func (c *comparison) coldStart(ctx context.Context, sys system.System, s server,
 		c.addSample(n, result.Memory, scenario, "B", float64(use.Resident))
 		c.addSample(n, result.PeakMemory, scenario, "B", float64(use.PeakResident))
 	}
-	return n, n.testbed.SetBackgroundReachable(false)
+	return n, nil
+}
+
+// startNode starts a system on a new node. It returns the time until all Services answered, and what the
+// system used until it was idle. After an error, the caller must close the node unless it is nil.
+func (c *comparison) startNode(ctx context.Context, sys system.System, s server, content *content) (_ *node, took time.Duration, use system.Usage, err error) {
+	dir := filepath.Join(c.Dir, sys.Name())
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return nil, 0, use, fmt.Errorf("create the directory for logs: %w", err)
+	}
+	n, err := newNode(ctx, sys, dir, s, content)
+	if err != nil {
+		return nil, 0, use, err
+	}
+	if err := n.testbed.SetBackgroundReachable(true); err != nil {
+		return n, 0, use, err
+	}
+	if err := n.start(ctx); err != nil {
+		return n, 0, use, err
+	}
+	running, cancel := n.contextWhileRunning(ctx)
+	defer cancel()
+	answering, stop := context.WithTimeout(running, c.StartLimit)
+	defer stop()
+	took, err = n.probe.WaitAllAnswer(answering, n.startedAt, content.addrs)
+	if errors.Is(err, testbed.ErrNotObserved) || errors.Is(err, context.DeadlineExceeded) {
+		return n, 0, use, fmt.Errorf("not all of %d Services answered within %s", len(content.services), c.StartLimit)
+	}
+	if err != nil {
+		return n, 0, use, errors.Join(err, context.Cause(running))
+	}
+	if err := n.waitIdle(running); err != nil {
+		return n, 0, use, err
+	}
+	n.settledAt = time.Now()
+	use, err = n.usage()
+	if err != nil {
+		return n, 0, use, err
+	}
+	c.progress("%s: the last Service answers after %s; %s of processor time, %d MB resident",
+		sys.Name(), took.Round(time.Millisecond), use.CPU(), use.Resident/1e6)
+	return n, took, use, n.testbed.SetBackgroundReachable(false)
 }
 
 // addSample adds a sample to a measurement.
@@ -274,7 +289,7 @@ func (c *comparison) leaveOut(sys system.System, err error) error {
 	}
 	c.progress("%s is left out: %s", sys.Name(), reason)
 	c.report.LeftOut = append(c.report.LeftOut, result.LeftOut{System: sys.Name(), Environment: c.Environment.Name, Reason: reason})
-	if len(c.report.LeftOut) >= len(c.Systems) {
+	if !slices.ContainsFunc(c.Systems, func(sys system.System) bool { return !c.isLeftOut(sys) }) {
 		return errors.New("no system can run here")
 	}
 	return nil
@@ -288,7 +303,11 @@ func (c *comparison) finish(ctx context.Context) {
 		m.Distribution = statistics.Summarize(m.Samples)
 	}
 	env := system.Environment{Kubeconfig: "KUBECONFIG", NodeName: cluster.NodeName, ClusterCIDR: testbed.ClusterCIDR}
-	for _, s := range c.Systems {
+	systems := slices.Clone(c.Systems)
+	if c.flowOffload != nil {
+		systems = append(systems, c.flowOffload)
+	}
+	for _, s := range systems {
 		described := result.System{Name: s.Name()}
 		if describer, ok := s.(interface {
 			Command(env system.Environment) []string

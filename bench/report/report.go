@@ -180,6 +180,7 @@ func sections(r *result.Report, environment string) []section {
 		barsSection(measured, "memory", "Memory", "Resident memory of the program and its child processes after a cold start. Shorter is better.",
 			result.Memory, result.PeakMemory),
 		connectSection(measured),
+		establishedSection(measured),
 	}
 	return slices.DeleteFunc(all, func(s section) bool { return len(s.figures) == 0 })
 }
@@ -334,6 +335,10 @@ func measureName(m result.Measure) string {
 		return "Processor time of the start"
 	case result.Restart:
 		return "Warm restart with nothing to change"
+	case result.PacketTime:
+		return "A UDP packet of 64 bytes, from one socket to the other"
+	case result.TransferTime:
+		return "1 GiB over a TCP connection"
 	case result.Memory:
 		return "Resident"
 	case result.PeakMemory:
@@ -396,4 +401,25 @@ func connectSection(measured []*result.Measurement) section {
 			return thousands(m.Scenario.Services) + " Services"
 		})},
 	}}}
+}
+
+// establishedSection returns charts of established connections, one for each measure, because their units
+// of time differ by far.
+func establishedSection(measured []*result.Measurement) section {
+	s := section{
+		id: "established", title: "Established connections",
+		text: "Packets of established connections through a Service, and without a Service. Shorter is better.",
+	}
+	for _, measure := range []result.Measure{result.PacketTime, result.TransferTime} {
+		list := withMostServices(withMeasure(measured, measure))
+		if len(list) == 0 {
+			continue
+		}
+		at := scenarioText(list[0].Scenario)
+		s.figures = append(s.figures, figure{string(measure), at + ". Bars are medians, lines cover all samples.", &rowsChart{
+			name: measureName(measure) + ": " + at, unit: "s", bars: true,
+			groups: groupBy(list, func(m *result.Measurement) string { return measureName(m.Measure) }),
+		}})
+	}
+	return s
 }

@@ -19,6 +19,7 @@ const (
 	grid                // grid lines
 	surface             // background
 	seriesNFT
+	seriesNFTFlowOffload
 	seriesIPVS
 	seriesKubeProxyNFTables
 	seriesKubeProxyIPVS
@@ -42,6 +43,7 @@ func shades() [roles]shade {
 		grid:                    {"grid", "#dde2e9", "#333d4b"},
 		surface:                 {"surface", "#ffffff", "#151b24"},
 		seriesNFT:               {"nft", "#0067a8", "#5cb8f2"},
+		seriesNFTFlowOffload:    {"nft-flow-offload", "#5f45b5", "#b9a8f7"},
 		seriesIPVS:              {"ipvs", "#00855f", "#3ccf9f"},
 		seriesKubeProxyNFTables: {"kube-proxy-nftables", "#d04f00", "#ff9354"},
 		seriesKubeProxyIPVS:     {"kube-proxy-ipvs", "#b3508a", "#eb9fcb"},
@@ -75,6 +77,8 @@ func styleOf(system string) seriesStyle {
 	switch system {
 	case "nft":
 		return seriesStyle{"Fairlead nft", seriesNFT, false}
+	case "nft-flow-offload":
+		return seriesStyle{"Fairlead nft, offloaded", seriesNFTFlowOffload, false}
 	case "ipvs":
 		return seriesStyle{"Fairlead ipvs", seriesIPVS, false}
 	case "kube-proxy-nftables":

@@ -115,7 +115,8 @@ const Direct = "direct"
 
 // System describes a measured system.
 type System struct {
-	// Name is nft or ipvs for Fairlead's modes, kube-proxy-nftables, kube-proxy-ipvs or
+	// Name is nft or ipvs for Fairlead's modes, nft-flow-offload for the mode nft with
+	// --flow-offload=software, kube-proxy-nftables, kube-proxy-ipvs or
 	// kube-proxy-iptables, or [Direct].
 	Name    string `json:"name"`
 	Version string `json:"version,omitempty"`
@@ -158,6 +159,11 @@ const (
 	ConnectRate Measure = "connect-rate"
 	// Throughput is the number of bytes per second over one connection.
 	Throughput Measure = "throughput"
+	// PacketTime is the mean time of a UDP packet of 64 bytes of an established flow, from the sender's
+	// system call to the receiver's socket: the inverse of the packets per second of one sender.
+	PacketTime Measure = "packet-time"
+	// TransferTime is the time to send 1 GiB over an established TCP connection.
+	TransferTime Measure = "transfer-time"
 	// Fairness is a chi-squared test of whether all endpoints are selected equally often. Its
 	// samples are the numbers of connections to each endpoint. Its values are "connections",
 	// "chi-squared", "degrees-of-freedom" and "p-value".

@@ -2,11 +2,13 @@ package system
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
 	"strings"
 
+	"fairlead.io/fairlead/internal/flowoffload"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
@@ -16,12 +18,19 @@ const (
 	ModeIPVS = "ipvs"
 )
 
+// NFTFlowOffload is the name of the System with [ModeNFT] and flow offload.
+const NFTFlowOffload = ModeNFT + flowOffloadSuffix
+
+const flowOffloadSuffix = "-flow-offload"
+
 // Fairlead runs `fairlead run` in one mode.
 type Fairlead struct {
 	// Binary is the path of the program.
 	Binary string
-	// Mode is the value of --mode and the name of the System.
+	// Mode is the value of --mode and, without FlowOffload, the name of the System.
 	Mode string
+	// FlowOffload sets --flow-offload=software and adds a suffix to the name of the System.
+	FlowOffload bool
 	// Args are additional arguments.
 	Args []string
 }
@@ -32,7 +41,18 @@ var (
 )
 
 // Name implements [System].
-func (f Fairlead) Name() string { return f.Mode }
+func (f Fairlead) Name() string {
+	if f.FlowOffload {
+		return f.Mode + flowOffloadSuffix
+	}
+	return f.Mode
+}
+
+// WithFlowOffload returns the same System with flow offload. It reports false for a mode without it.
+func (f Fairlead) WithFlowOffload() (System, bool) {
+	f.FlowOffload = true
+	return f, f.Mode == ModeNFT
+}
 
 // Path returns the absolute path of the program, or an error if the program does not exist.
 func (f Fairlead) Path() (string, error) { return absolutePath(f.Binary) }
@@ -44,7 +64,7 @@ func (f Fairlead) Version(ctx context.Context) (string, error) {
 
 // Command returns the command line that starts the program.
 func (f Fairlead) Command(env Environment) []string {
-	return append([]string{
+	command := []string{
 		f.Binary, "run", "--mode=" + f.Mode,
 		"--kubeconfig=" + env.Kubeconfig,
 		"--hostname-override=" + env.NodeName,
@@ -52,7 +72,11 @@ func (f Fairlead) Command(env Environment) []string {
 		"--conntrack-max-per-core=0",
 		"--conntrack-tcp-timeout-established=0s",
 		"--conntrack-tcp-timeout-close-wait=0s",
-	}, f.Args...)
+	}
+	if f.FlowOffload {
+		command = append(command, "--flow-offload=software")
+	}
+	return append(command, f.Args...)
 }
 
 // Check implements [Checker].
@@ -60,7 +84,19 @@ func (f Fairlead) Check(_ context.Context, node *nettest.Namespace) error {
 	if f.Mode == ModeIPVS {
 		return checkIPVS(node)
 	}
+	if f.FlowOffload {
+		return checkFlowtables(node)
+	}
 	return nil
+}
+
+// checkFlowtables checks whether the kernel has flowtables. The kernel loads the modules if it can.
+func checkFlowtables(node *nettest.Namespace) error {
+	err := flowoffload.Check(node.Fd())
+	if errors.Is(err, flowoffload.ErrUnsupported) {
+		return unsupportedByKernel("not supported by this kernel: %v", err)
+	}
+	return err
 }
 
 // Start implements [System].

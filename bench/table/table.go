@@ -129,6 +129,10 @@ func measureTitle(m result.Measure) string {
 		return "sequential connections"
 	case result.Throughput:
 		return "throughput of one connection"
+	case result.PacketTime:
+		return "time of a UDP packet of 64 bytes of an established flow"
+	case result.TransferTime:
+		return "time to send 1 GiB over an established TCP connection"
 	case result.Fairness:
 		return "connections per endpoint"
 	case result.Memory:

@@ -38,6 +38,9 @@ the first packet that shows the change. Parts, for --only:
   restart    warm restart with everything programmed
   churn      many changes per second: latency, processor time, commits, memory
   data-path  connections through a Service and direct connections
+  established
+             packets of established connections through a Service, with flow offload if the
+             kernel supports it, and of direct ones
   fairness   distribution of connections over endpoints
   memory     memory of the process and of the kernel
 
