@@ -16,6 +16,9 @@ type Delta struct {
 	DeletedServices       []types.NamespacedName
 	EndpointSlices        []*discoveryv1.EndpointSlice
 	DeletedEndpointSlices []types.NamespacedName
+	// ConvertedSlices contains EndpointSlices like EndpointSlices does, in a form that takes less
+	// memory. No name is in both.
+	ConvertedSlices []*ConvertedSlice
 
 	// Node is this node's object if it is new or has changed. NodeDeleted reports that the object
 	// does not exist. A source without Nodes sets neither.

@@ -6,7 +6,6 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead.io/fairlead/dataplane"
@@ -73,7 +72,7 @@ type Result struct {
 	// again only after an address has served it.
 	NodePortsWithoutAddress []NodePortsWithoutAddress
 
-	endpointSlices []*discoveryv1.EndpointSlice // of the Delta, for Triggers
+	triggers []Trigger // of the Delta's EndpointSlices
 }
 
 // Tracker keeps Services and EndpointSlices by name and incrementally computes the state that
@@ -178,9 +177,8 @@ func NewTracker(opts Options) *Tracker {
 // remain in use, because the node still exists and has connections.
 func (t *Tracker) Apply(d Delta) Result {
 	return t.process(func(result *Result, markDirty func(*service)) {
-		result.endpointSlices = d.EndpointSlices
 		t.applyNode(d, result, markDirty)
-		t.applyObjects(d, markDirty)
+		t.applyObjects(d, result, markDirty)
 	})
 }
 
@@ -285,7 +283,7 @@ func (t *Tracker) updateNode(result *Result, markDirty func(*service)) {
 }
 
 // applyObjects stores the Services and slices of d.
-func (t *Tracker) applyObjects(d Delta, markDirty func(*service)) {
+func (t *Tracker) applyObjects(d Delta, result *Result, markDirty func(*service)) {
 	for _, name := range d.DeletedServices {
 		if s, ok := t.services[name]; ok {
 			s.object = nil
@@ -304,25 +302,35 @@ func (t *Tracker) applyObjects(d Delta, markDirty func(*service)) {
 		markDirty(s)
 	}
 	for _, object := range d.EndpointSlices {
-		name := types.NamespacedName{Namespace: object.Namespace, Name: object.Name}
-		owner, ok := owningService(object)
-		if old, exists := t.sliceOwners[name]; exists && (!ok || old.name != owner) {
-			t.removeSlice(name, markDirty)
-		}
-		if !ok {
-			continue
-		}
-		s := t.ensureService(owner)
-		slice := newEndpointSlice(object, t.opts.NodeName)
-		if i, ok := s.findSlice(slice.name); ok {
-			s.slices[i] = slice
-		} else {
-			s.slices = slices.Insert(s.slices, i, slice)
-			t.sliceOwners[name] = s
-		}
-		s.slicesRound = t.round
-		markDirty(s)
+		t.applySlice(ConvertSlice(object, t.opts.NodeName), result, markDirty)
 	}
+	for _, slice := range d.ConvertedSlices {
+		t.applySlice(slice, result, markDirty)
+	}
+}
+
+// applySlice stores a new or changed slice.
+func (t *Tracker) applySlice(c *ConvertedSlice, result *Result, markDirty func(*service)) {
+	name, owner := c.Name(), types.NamespacedName{Namespace: c.namespace, Name: c.service}
+	if old, exists := t.sliceOwners[name]; exists && (c.service == "" || old.name != owner) {
+		t.removeSlice(name, markDirty)
+	}
+	if c.service == "" {
+		return
+	}
+	if !c.trigger.IsZero() {
+		result.triggers = append(result.triggers, Trigger{Service: owner, At: c.trigger})
+	}
+	s := t.ensureService(owner)
+	slice := c.slice
+	if i, ok := s.findSlice(slice.name); ok {
+		s.slices[i] = slice
+	} else {
+		s.slices = slices.Insert(s.slices, i, slice)
+		t.sliceOwners[name] = s
+	}
+	s.slicesRound = t.round
+	markDirty(s)
 }
 
 func (t *Tracker) ensureService(name types.NamespacedName) *service {

@@ -4,7 +4,6 @@ import (
 	"iter"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -22,19 +21,14 @@ type Trigger struct {
 func (r Result) Triggers() iter.Seq[Trigger] {
 	return func(yield func(Trigger) bool) {
 		var changed map[types.NamespacedName]struct{} // created on first use
-		for _, slice := range r.endpointSlices {
-			at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime])
-			if err != nil {
-				continue
-			}
+		for _, trigger := range r.triggers {
 			if changed == nil {
 				changed = make(map[types.NamespacedName]struct{}, len(r.Changes))
 				for key := range r.Changes {
 					changed[types.NamespacedName{Namespace: key.Namespace, Name: key.Name}] = struct{}{}
 				}
 			}
-			service, _ := owningService(slice)
-			if _, ok := changed[service]; ok && !yield(Trigger{Service: service, At: at}) {
+			if _, ok := changed[trigger.Service]; ok && !yield(trigger) {
 				return
 			}
 		}

@@ -18,7 +18,7 @@ type deltaQueue struct {
 
 	mu             sync.Mutex
 	services       pendingChanges[*corev1.Service]
-	endpointSlices pendingChanges[*discoveryv1.EndpointSlice]
+	endpointSlices pendingChanges[deliveredSlice]
 	nodes          pendingChanges[*corev1.Node]
 	serviceCIDRs   pendingChanges[*networkingv1.ServiceCIDR]
 	// missing has the lists that are not complete yet. popped is set by the first pop, when
@@ -39,7 +39,7 @@ func newDeltaQueue() *deltaQueue {
 	return &deltaQueue{
 		wake:           make(chan struct{}, 1),
 		services:       pendingChanges[*corev1.Service]{},
-		endpointSlices: pendingChanges[*discoveryv1.EndpointSlice]{},
+		endpointSlices: pendingChanges[deliveredSlice]{},
 		nodes:          pendingChanges[*corev1.Node]{},
 		serviceCIDRs:   pendingChanges[*networkingv1.ServiceCIDR]{},
 		missing:        map[resource]bool{services: true, endpointSlices: true, nodes: true, serviceCIDRs: true},
@@ -130,7 +130,15 @@ func (q *deltaQueue) pop() (kube.Delta, bool) {
 	q.popped = true
 	var d kube.Delta
 	d.Services, d.DeletedServices = drain(&q.services)
-	d.EndpointSlices, d.DeletedEndpointSlices = drain(&q.endpointSlices)
+	var endpointSlices []deliveredSlice
+	endpointSlices, d.DeletedEndpointSlices = drain(&q.endpointSlices)
+	for _, slice := range endpointSlices {
+		if slice.converted != nil {
+			d.ConvertedSlices = append(d.ConvertedSlices, slice.converted)
+		} else {
+			d.EndpointSlices = append(d.EndpointSlices, slice.object)
+		}
+	}
 	node, deletedNodes := drain(&q.nodes)
 	if len(node) > 0 {
 		d.Node = node[0]
@@ -147,6 +155,12 @@ func (q *deltaQueue) pop() (kube.Delta, bool) {
 		d.DeletedServiceCIDRs = append(d.DeletedServiceCIDRs, name.Name)
 	}
 	return d, true
+}
+
+// deliveredSlice is an EndpointSlice, or its converted form; see [Options.ConvertSlices].
+type deliveredSlice struct {
+	object    *discoveryv1.EndpointSlice
+	converted *kube.ConvertedSlice
 }
 
 // pendingChanges has the latest change of each name.

@@ -7,7 +7,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/resourceversion"
 )
@@ -182,8 +181,9 @@ func (p *progress) isNewestDeletion(name types.NamespacedName) bool {
 	return p.newest.deleted && p.newest.name == name
 }
 
-// checkListed records it if a list has a lower version of the newest known object.
-func (p *progress) checkListed(objects iter.Seq[metav1.Object]) {
+// checkListed records it if a list has a lower version of the newest known object. It takes the
+// names and versions of the list.
+func (p *progress) checkListed(objects iter.Seq2[types.NamespacedName, string]) {
 	if p == nil {
 		return
 	}
@@ -193,9 +193,9 @@ func (p *progress) checkListed(objects iter.Seq[metav1.Object]) {
 		newest = p.unverified.newest
 	}
 	p.mu.Unlock()
-	for object := range objects {
-		if namespacedName(object) == newest.name && isBefore(object.GetResourceVersion(), newest.version) {
-			p.recordLowerVersion(newest.version, object.GetResourceVersion())
+	for name, version := range objects {
+		if name == newest.name && isBefore(version, newest.version) {
+			p.recordLowerVersion(newest.version, version)
 		}
 	}
 }

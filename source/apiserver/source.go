@@ -65,6 +65,9 @@ type Options struct {
 	// the resource, the number of objects to remove and the number known before. It must
 	// not block.
 	OnMassRemoval func(resource string, removed, before int)
+	// ConvertSlices delivers EndpointSlices as [kube.Delta.ConvertedSlices], converted for a
+	// Tracker of the node NodeName. It saves most of the memory of the first list.
+	ConvertSlices bool
 	// KeepAllFields keeps the fields of objects that package kube does not need, such as labels
 	// and the names of pods, at the expense of memory.
 	KeepAllFields bool
@@ -247,26 +250,33 @@ func (r *resourceReflector) enableRemovalHold(opts Options) {
 func (s *Source) newReflectors(opts Options) []*resourceReflector {
 	serviceReflector := s.newReflector(services, &corev1.Service{}, func() runtime.Object { return &corev1.ServiceList{} })
 	serviceReflector.enableRemovalHold(opts)
-	serviceStore := newStore(services, s.queue, func(q *deltaQueue) pendingChanges[*corev1.Service] { return q.services }, s.trimmer.trimService, nil)
+	serviceStore := newStore(services, s.queue,
+		func(q *deltaQueue) pendingChanges[*corev1.Service] { return q.services }, s.trimmer.trimService, unconverted, nil)
 	serviceStore.hold, serviceStore.progress = serviceReflector.hold, serviceReflector.progress
 	serviceStore.serviceName = func(svc *corev1.Service) (types.NamespacedName, bool) { return namespacedName(svc), true }
 	serviceReflector.store = serviceStore
 
+	convertSlice := func(slice *discoveryv1.EndpointSlice) deliveredSlice { return deliveredSlice{object: slice} }
+	if opts.ConvertSlices {
+		convertSlice = func(slice *discoveryv1.EndpointSlice) deliveredSlice {
+			return deliveredSlice{converted: kube.ConvertSlice(slice, opts.NodeName)}
+		}
+	}
 	sliceReflector := s.newReflector(endpointSlices, &discoveryv1.EndpointSlice{}, func() runtime.Object { return &discoveryv1.EndpointSliceList{} })
 	sliceReflector.enableRemovalHold(opts)
 	sliceStore := newStore(endpointSlices, s.queue,
-		func(q *deltaQueue) pendingChanges[*discoveryv1.EndpointSlice] { return q.endpointSlices }, s.trimmer.trimEndpointSlice, nil)
+		func(q *deltaQueue) pendingChanges[deliveredSlice] { return q.endpointSlices }, s.trimmer.trimEndpointSlice, convertSlice, nil)
 	sliceStore.hold, sliceStore.progress = sliceReflector.hold, sliceReflector.progress
 	sliceStore.serviceName = serviceNameOfSlice
 	sliceReflector.store = sliceStore
 
 	nodeReflector := s.newReflector(nodes, &corev1.Node{}, func() runtime.Object { return &corev1.NodeList{} })
-	nodeStore := newStore(nodes, s.queue, func(q *deltaQueue) pendingChanges[*corev1.Node] { return q.nodes }, s.trimmer.trimNode, sameNode)
+	nodeStore := newStore(nodes, s.queue, func(q *deltaQueue) pendingChanges[*corev1.Node] { return q.nodes }, s.trimmer.trimNode, unconverted, sameNode)
 	nodeStore.progress, nodeReflector.store = nodeReflector.progress, nodeStore
 
 	cidrReflector := s.newReflector(serviceCIDRs, &networkingv1.ServiceCIDR{}, func() runtime.Object { return &networkingv1.ServiceCIDRList{} })
 	cidrStore := newStore(serviceCIDRs, s.queue,
-		func(q *deltaQueue) pendingChanges[*networkingv1.ServiceCIDR] { return q.serviceCIDRs }, s.trimmer.trimServiceCIDR, nil)
+		func(q *deltaQueue) pendingChanges[*networkingv1.ServiceCIDR] { return q.serviceCIDRs }, s.trimmer.trimServiceCIDR, unconverted, nil)
 	cidrStore.progress, cidrReflector.store = cidrReflector.progress, cidrStore
 	return []*resourceReflector{serviceReflector, sliceReflector, nodeReflector, cidrReflector}
 }

@@ -21,14 +21,18 @@ type protobufObject interface {
 //
 // It does not compare resource versions: after etcd is restored from a backup, two
 // different objects can have the same name and version.
-type store[T protobufObject] struct {
+//
+// T is the type of the objects, and P the type in which they are delivered.
+type store[T protobufObject, P any] struct {
 	resource resource
 	queue    *deltaQueue
-	pending  func(*deltaQueue) pendingChanges[T]
+	pending  func(*deltaQueue) pendingChanges[P]
 	trim     func(T)
+	// convert returns the form in which a trimmed object is delivered.
+	convert func(T) P
 	// equal, if not nil, reports whether two trimmed objects differ only in fields that
 	// Fairlead does not read. The store then keeps the last objects.
-	equal func(a, b T) bool
+	equal func(a, b P) bool
 	// hold delays mass removals; it may be nil.
 	hold *removalHold
 	// serviceName returns the Service that the object belongs to. It reports false if the
@@ -37,54 +41,93 @@ type store[T protobufObject] struct {
 	// progress, if not nil, counts events.
 	progress *progress
 
-	fingerprints map[types.NamespacedName]fingerprint[T]
+	fingerprints map[types.NamespacedName]fingerprint[P]
 	synced       bool // a list has been applied
 	seed         maphash.Seed
 	buffer       []byte
 }
 
 // fingerprint identifies the state of a known object.
-type fingerprint[T any] struct {
+type fingerprint[P any] struct {
 	// contentHash is the hash of the whole trimmed object, uidHash of its UID.
 	contentHash, uidHash uint64
-	object               T
+	object               P
+}
+
+// received is an object from the API server in the form in which it is delivered.
+type received[P any] struct {
+	name    types.NamespacedName
+	version string
+	// contentHash and uidHash are the values for the fingerprint. contentUnknown is set if the
+	// object can't be encoded.
+	contentHash, uidHash uint64
+	contentUnknown       bool
+	// service is the name of the Service that the object belongs to, in the object's namespace.
+	// It is empty if the object leaves nothing in the kernel, and without a removalHold.
+	service string
+	object  P
 }
 
 var (
-	_ cache.TransformingStore      = (*store[protobufObject])(nil)
-	_ cache.ReflectorBookmarkStore = (*store[protobufObject])(nil)
-	_ cache.ResourceVersionUpdater = (*store[protobufObject])(nil)
+	_ cache.TransformingStore      = (*store[protobufObject, any])(nil)
+	_ cache.ReflectorBookmarkStore = (*store[protobufObject, any])(nil)
+	_ cache.ResourceVersionUpdater = (*store[protobufObject, any])(nil)
 )
 
-func newStore[T protobufObject](res resource, queue *deltaQueue, pending func(*deltaQueue) pendingChanges[T], trim func(T), equal func(a, b T) bool) *store[T] {
-	return &store[T]{
-		resource: res, queue: queue, pending: pending, trim: trim, equal: equal,
-		fingerprints: map[types.NamespacedName]fingerprint[T]{}, seed: maphash.MakeSeed(),
+func newStore[T protobufObject, P any](
+	res resource, queue *deltaQueue, pending func(*deltaQueue) pendingChanges[P], trim func(T), convert func(T) P, equal func(a, b P) bool,
+) *store[T, P] {
+	return &store[T, P]{
+		resource: res, queue: queue, pending: pending, trim: trim, convert: convert, equal: equal,
+		fingerprints: map[types.NamespacedName]fingerprint[P]{}, seed: maphash.MakeSeed(),
 	}
 }
 
+// unconverted is the convert function of objects that are delivered as they are.
+func unconverted[T any](object T) T { return object }
+
 // Add stores an object that may be new.
-func (s *store[T]) Add(object any) error { return s.put(object) }
+func (s *store[T, P]) Add(object any) error { return s.put(object) }
 
 // Update stores a changed object.
-func (s *store[T]) Update(object any) error { return s.put(object) }
+func (s *store[T, P]) Update(object any) error { return s.put(object) }
 
-func (s *store[T]) put(item any) error {
+func (s *store[T, P]) put(item any) error {
 	object, ok := item.(T)
 	if !ok {
-		return fmt.Errorf("%s: unexpected type %T from the API server", s.resource, item)
+		return s.errUnexpected(item)
 	}
 	s.progress.countEvent()
-	s.trim(object)
+	r := s.receive(object)
 	s.queue.mu.Lock()
 	defer s.queue.mu.Unlock()
-	uid := s.hashUID(object)
-	if before, known := s.fingerprints[namespacedName(object)]; known && before.uidHash != uid && s.hold.active() {
+	if before, known := s.fingerprints[r.name]; known && before.uidHash != r.uidHash && s.hold.active() {
 		return nil // the removal of the object with the previous UID is held
 	}
-	s.upsert(object, uid)
+	s.upsert(&r)
 	s.queue.signal()
 	return nil
+}
+
+func (s *store[T, P]) errUnexpected(item any) error {
+	return fmt.Errorf("%s: unexpected type %T from the API server", s.resource, item)
+}
+
+// receive trims and converts an object. The reflector calls it, like all other methods, from one
+// goroutine.
+func (s *store[T, P]) receive(object T) received[P] {
+	s.trim(object)
+	r := received[P]{name: namespacedName(object), version: object.GetResourceVersion(), uidHash: s.hashUID(object)}
+	var hashed bool
+	r.contentHash, hashed = s.hashContent(object)
+	r.contentUnknown = !hashed
+	if s.serviceName != nil {
+		if service, ok := s.serviceName(object); ok {
+			r.service = service.Name
+		}
+	}
+	r.object = s.convert(object)
+	return r
 }
 
 func namespacedName(object metav1.Object) types.NamespacedName {
@@ -92,28 +135,26 @@ func namespacedName(object metav1.Object) types.NamespacedName {
 }
 
 // upsert stores an object. The caller holds the queue's lock.
-func (s *store[T]) upsert(object T, uid uint64) {
-	name := namespacedName(object)
-	s.progress.onObjectChange(name, object.GetResourceVersion(), false)
-	before, known := s.fingerprints[name]
-	content, hashed := s.hashContent(object)
-	if known && hashed && content == before.contentHash {
+func (s *store[T, P]) upsert(r *received[P]) {
+	s.progress.onObjectChange(r.name, r.version, false)
+	before, known := s.fingerprints[r.name]
+	if known && !r.contentUnknown && r.contentHash == before.contentHash {
 		return
 	}
-	after := fingerprint[T]{contentHash: content, uidHash: uid}
+	after := fingerprint[P]{contentHash: r.contentHash, uidHash: r.uidHash}
 	if s.equal != nil {
-		after.object = object
+		after.object = r.object
 	}
-	s.fingerprints[name] = after
-	if known && s.equal != nil && s.equal(before.object, object) {
+	s.fingerprints[r.name] = after
+	if known && s.equal != nil && s.equal(before.object, r.object) {
 		return
 	}
-	s.pending(s.queue).put(name, object, known)
+	s.pending(s.queue).put(r.name, r.object, known)
 }
 
 // hashContent returns the hash of an object, including its UID and resource version. It
 // reports false if the object can't be encoded.
-func (s *store[T]) hashContent(object T) (uint64, bool) {
+func (s *store[T, P]) hashContent(object T) (uint64, bool) {
 	size := object.Size()
 	if cap(s.buffer) < size {
 		s.buffer = make([]byte, size, 2*size)
@@ -129,13 +170,15 @@ func (s *store[T]) hashContent(object T) (uint64, bool) {
 // maxHashBuffer is the largest buffer in bytes that is kept for the next object.
 const maxHashBuffer = 64 << 10
 
-func (s *store[T]) hashUID(object T) uint64 { return maphash.String(s.seed, string(object.GetUID())) }
+func (s *store[T, P]) hashUID(object T) uint64 {
+	return maphash.String(s.seed, string(object.GetUID()))
+}
 
 // Delete removes an object that was deleted or no longer matches the selectors.
-func (s *store[T]) Delete(item any) error {
+func (s *store[T, P]) Delete(item any) error {
 	object, ok := item.(T)
 	if !ok {
-		return fmt.Errorf("%s: unexpected type %T from the API server", s.resource, item)
+		return s.errUnexpected(item)
 	}
 	s.progress.countEvent()
 	s.queue.mu.Lock()
@@ -150,7 +193,7 @@ func (s *store[T]) Delete(item any) error {
 	return nil
 }
 
-func (s *store[T]) remove(name types.NamespacedName) {
+func (s *store[T, P]) remove(name types.NamespacedName) {
 	if _, known := s.fingerprints[name]; !known {
 		return
 	}
@@ -161,19 +204,21 @@ func (s *store[T]) remove(name types.NamespacedName) {
 // Replace applies a complete list. An object whose UID has changed counts as removed and
 // added. If the list removes most of the objects, the removals may be held; all other
 // changes apply at once.
-func (s *store[T]) Replace(items []any, version string) error {
-	objects := make([]T, 0, len(items))
+func (s *store[T, P]) Replace(items []any, version string) error {
+	objects := make([]received[P], 0, len(items))
 	for _, item := range items {
-		object, ok := item.(T)
-		if !ok {
-			return fmt.Errorf("%s: unexpected type %T from the API server", s.resource, item)
+		switch item := item.(type) {
+		case *received[P]: // of a streamed list
+			objects = append(objects, *item)
+		case T:
+			objects = append(objects, s.receive(item))
+		default:
+			return s.errUnexpected(item)
 		}
-		s.trim(object)
-		objects = append(objects, object)
 	}
-	s.progress.checkListed(func(yield func(metav1.Object) bool) {
-		for _, object := range objects {
-			if !yield(object) {
+	s.progress.checkListed(func(yield func(types.NamespacedName, string) bool) {
+		for i := range objects {
+			if !yield(objects[i].name, objects[i].version) {
 				return
 			}
 		}
@@ -183,13 +228,13 @@ func (s *store[T]) Replace(items []any, version string) error {
 	listed := make(map[types.NamespacedName]struct{}, len(objects))
 	var replaced map[types.NamespacedName]struct{}
 	removed := len(s.fingerprints)
-	for _, object := range objects {
-		name := namespacedName(object)
+	for i := range objects {
+		name := objects[i].name
 		listed[name] = struct{}{}
 		before, known := s.fingerprints[name]
 		switch {
 		case !known:
-		case before.uidHash == s.hashUID(object):
+		case before.uidHash == objects[i].uidHash:
 			removed--
 		default:
 			if replaced == nil {
@@ -203,9 +248,9 @@ func (s *store[T]) Replace(items []any, version string) error {
 		removal = s.firstRemoval(objects)
 	}
 	held := s.hold.decide(removal)
-	for _, object := range objects {
-		if _, other := replaced[namespacedName(object)]; !held || !other {
-			s.upsert(object, s.hashUID(object))
+	for i := range objects {
+		if _, other := replaced[objects[i].name]; !held || !other {
+			s.upsert(&objects[i])
 		}
 	}
 	if !held {
@@ -226,16 +271,16 @@ func (s *store[T]) Replace(items []any, version string) error {
 
 // firstRemoval compares the first list with the Services that an earlier run left in the
 // kernel.
-func (s *store[T]) firstRemoval(objects []T) removal {
+func (s *store[T, P]) firstRemoval(objects []received[P]) removal {
 	programmed := s.hold.readProgrammed()
 	r := removal{before: len(programmed), listed: len(objects)}
 	if len(programmed) == 0 {
 		return r
 	}
 	listed := make(map[types.NamespacedName]struct{}, len(objects))
-	for _, object := range objects {
-		if name, ok := s.serviceName(object); ok {
-			listed[name] = struct{}{}
+	for i := range objects {
+		if o := &objects[i]; o.service != "" {
+			listed[types.NamespacedName{Namespace: o.name.Namespace, Name: o.service}] = struct{}{}
 		}
 	}
 	for name := range programmed {
@@ -247,23 +292,25 @@ func (s *store[T]) firstRemoval(objects []T) removal {
 }
 
 // Resync does nothing: the receiver keeps the objects.
-func (s *store[T]) Resync() error { return nil }
+func (s *store[T, P]) Resync() error { return nil }
 
 // Bookmark records that no other changes up to version exist.
-func (s *store[T]) Bookmark(version string) error {
+func (s *store[T, P]) Bookmark(version string) error {
 	s.progress.onBookmark(version)
 	return nil
 }
 
 // UpdateResourceVersion records that all changes up to version have arrived.
-func (s *store[T]) UpdateResourceVersion(version string) { s.progress.setVersion(version) }
+func (s *store[T, P]) UpdateResourceVersion(version string) { s.progress.setVersion(version) }
 
-// Transformer trims objects while a list is still arriving.
-func (s *store[T]) Transformer() cache.TransformFunc {
+// Transformer converts the objects of a streamed list while the list is still arriving, so that
+// only the list's converted objects are in memory at the same time.
+func (s *store[T, P]) Transformer() cache.TransformFunc {
 	return func(item any) (any, error) {
 		s.progress.countEvent()
 		if object, ok := item.(T); ok {
-			s.trim(object)
+			r := s.receive(object)
+			return &r, nil
 		}
 		return item, nil
 	}

@@ -1,6 +1,8 @@
 package apiserver
 
 import (
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -81,7 +83,17 @@ func (t *trimmer) trimMeta(m *metav1.ObjectMeta) {
 	}
 }
 
+// selectKeys returns the entries of a map with the given keys. It may return the map itself: a
+// map of a few entries takes as much memory as a map of one.
 func selectKeys(from map[string]string, keys []string) map[string]string {
+	const few = 8 // entries of a group (internal/runtime/maps)
+	if len(from) <= few {
+		maps.DeleteFunc(from, func(key, _ string) bool { return !slices.Contains(keys, key) })
+		if len(from) == 0 {
+			return nil
+		}
+		return from
+	}
 	var out map[string]string
 	for _, key := range keys {
 		value, ok := from[key]
