@@ -47,6 +47,41 @@ func (d *Dataplane) newBatch() *batch {
 	return b
 }
 
+// takeBatch returns an empty batch, which the caller passes to recycleBatch after the commit.
+func (d *Dataplane) takeBatch() *batch {
+	b := d.spareBatch
+	if d.spareBatch = nil; b == nil {
+		return d.newBatch()
+	}
+	for i, t := range d.tables { // a rebuild may have replaced them
+		b.tables[i].table = t
+	}
+	return b
+}
+
+// maxSpareElements is the largest capacity of a list of elements that is kept for the next batch.
+const maxSpareElements = 2 * transactionSize
+
+// recycleBatch keeps the memory of a batch for the next takeBatch.
+func (d *Dataplane) recycleBatch(b *batch) {
+	spare := func(elements []element) []element {
+		if cap(elements) > maxSpareElements {
+			return nil
+		}
+		clear(elements)
+		return elements[:0]
+	}
+	for i := range b.tables {
+		e := &b.tables[i]
+		var empty tableDiff
+		for set := range e.add {
+			empty.del[set], empty.add[set] = spare(e.del[set]), spare(e.add[set])
+		}
+		*e = empty
+	}
+	d.spareBatch = b
+}
+
 func (b *batch) elements() int {
 	n := 0
 	for i := range b.tables {
@@ -185,15 +220,19 @@ func (d *Dataplane) encodeDiff(i int, e *tableDiff) (bool, error) {
 	sharedDiffs := d.sharedSetDiffs(i, e)
 	written := false
 	var errs []error
+	addElements, deleteElements := d.conn.SetAddElements, d.conn.SetDeleteElements
+	if bulk, ok := d.conn.(bulkWriter); ok {
+		addElements, deleteElements = bulk.addBulk, bulk.deleteBulk
+	}
 	del := func(set *nftables.Set, elements []element) {
 		written = written || len(elements) > 0
-		if err := d.conn.SetDeleteElements(set, elements); err != nil {
+		if err := deleteElements(set, elements); err != nil {
 			errs = append(errs, fmt.Errorf("encode deletions from set %s: %w", set.Name, err))
 		}
 	}
 	add := func(set *nftables.Set, elements []element) {
 		written = written || len(elements) > 0
-		if err := d.conn.SetAddElements(set, elements); err != nil {
+		if err := addElements(set, elements); err != nil {
 			errs = append(errs, fmt.Errorf("encode additions to set %s: %w", set.Name, err))
 		}
 	}

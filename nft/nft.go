@@ -123,6 +123,8 @@ type Dataplane struct {
 	// listIDs contains, by table, the IDs of shared lists by Service.
 	listIDs [2]listIDAllocator
 	now     func() time.Time
+	// spareBatch is an empty batch, or nil.
+	spareBatch *batch
 	// transactionSize and minSharedFrontends are the constants. Tests reduce them.
 	transactionSize, minSharedFrontends int
 }
@@ -167,12 +169,11 @@ func Open(opts Options) (*Dataplane, error) {
 		return nil, errors.Join(err, dump.Close(), conn.CloseLasting())
 	}
 	d := &Dataplane{
-		conn:      conn,
+		conn:      &bulkConn{Conn: conn, socket: socket},
 		socket:    socket,
 		portID:    portID,
 		ownTables: own,
 		dump:      dump,
-		flush:     conn.Flush,
 		log:       log,
 		tables:    opts.newTables(opts.tableName()),
 		watch:     watch,
@@ -185,6 +186,7 @@ func Open(opts Options) (*Dataplane, error) {
 		transactionSize:    transactionSize,
 		minSharedFrontends: minSharedFrontends,
 	}
+	d.flush = d.conn.Flush
 	d.resetState()
 	if opts.DryRun != nil {
 		d.startDryRun(conn, opts.DryRun)

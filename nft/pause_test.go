@@ -250,7 +250,7 @@ func TestNotificationsResumedAfterFailure(t *testing.T) {
 			t.Helper()
 			d.flush = func() error {
 				during()
-				d.conn.DelChain(d.missingChain())
+				deleteInTransaction(d, d.missingSet())
 				return d.conn.Flush()
 			}
 			return d.Replace(t.Context(), nodeWithAllSettings(), slices.Values(sampleServices(t)), nil)
@@ -260,7 +260,7 @@ func TestNotificationsResumedAfterFailure(t *testing.T) {
 			return d.Replace(t.Context(), nodeWithAllSettings(), slices.Values(sampleServices(t)), func(int) {
 				during()
 				d.flush = func() error {
-					d.conn.DelChain(d.missingChain())
+					deleteInTransaction(d, d.missingSet())
 					return d.conn.Flush()
 				}
 			})
@@ -324,7 +324,7 @@ func TestFailedCommitsNotCounted(t *testing.T) {
 					return d.conn.Flush()
 				}
 				if f == rejectElement {
-					_ = d.conn.SetDeleteElements(d.tables[0].services, []element{{Key: []byte{1, 2, 3, 4}}})
+					deleteInTransaction(d, d.tables[0].services)
 					return d.conn.Flush()
 				}
 				if err := d.conn.Flush(); err != nil {
@@ -376,7 +376,7 @@ func TestRandomCommitsCounted(t *testing.T) {
 				failing := random.IntN(30)
 				d.flush = func() error {
 					if failing--; failing == 0 {
-						_ = d.conn.SetDeleteElements(d.tables[0].services, []element{{Key: []byte{1, 2, 3, 4}}})
+						deleteInTransaction(d, d.tables[0].services)
 					}
 					return d.conn.Flush()
 				}

@@ -17,7 +17,6 @@ import (
 	"fairlead.io/fairlead/internal/nettest"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/google/nftables"
 )
 
 // operatorEdits returns edits of the table that an operator may make while debugging. None of
@@ -295,7 +294,7 @@ func TestRepairFailures(t *testing.T) {
 		n := 0
 		b.flush = func() error {
 			if n++; n <= failures {
-				_ = b.conn.(*nftables.Conn).FlushWithGenID(1) // empties the library's queue
+				b.conn.(*bulkConn).discard()
 				return errAckLost
 			}
 			return b.conn.Flush()
@@ -319,7 +318,7 @@ func TestRebuildInterrupted(t *testing.T) {
 		n := 0
 		b.flush = func() error {
 			if n++; n > commits {
-				_ = b.conn.(*nftables.Conn).FlushWithGenID(1) // empties the library's queue
+				b.conn.(*bulkConn).discard()
 				return errAckLost
 			}
 			return b.conn.Flush()

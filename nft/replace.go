@@ -254,7 +254,8 @@ func (r *replaceOperation) commitServices(services []*dataplane.Service) error {
 	if len(services) == 0 {
 		return nil
 	}
-	b := r.newBatch()
+	b := r.takeBatch()
+	defer r.recycleBatch(b)
 	after := make([]newAssignment, len(services))
 	for n, s := range services {
 		have := r.have[familyIndex(s.Key.Family)].frontends

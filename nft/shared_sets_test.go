@@ -157,9 +157,9 @@ func testReferenceCounts(t *testing.T, seed uint64, translator Translator) {
 			if failing--; failing == 0 {
 				switch what {
 				case rejectElement:
-					_ = d.conn.SetDeleteElements(d.tables[0].services, []element{{Key: []byte{1, 2, 3, 4}}})
+					deleteInTransaction(d, d.tables[0].services)
 				case rejectCommit:
-					d.conn.DelChain(d.missingChain())
+					deleteInTransaction(d, d.missingSet())
 				case noFault, loseAck:
 				}
 			}

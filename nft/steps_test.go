@@ -34,11 +34,27 @@ type fault int
 const (
 	noFault       fault = iota
 	rejectElement       // the kernel rejects an element, with EINVAL
-	rejectCommit        // the kernel rejects the commit for a missing chain, with ENOENT
+	rejectCommit        // the kernel rejects the commit for a missing set, with ENOENT
 	loseAck             // the kernel commits, but its acknowledgment is lost
 )
 
 var errAckLost = errors.New("acknowledgment lost")
+
+// deleteInTransaction adds the deletion of an element with a short key to the transaction.
+func deleteInTransaction(d *Dataplane, set *nftables.Set) {
+	elements := []element{{Key: []byte{1, 2, 3, 4}}}
+	if bulk := d.conn.(*bulkConn); len(bulk.transaction) > 0 {
+		_ = bulk.deleteBulk(set, elements)
+		return
+	}
+	_ = d.conn.SetDeleteElements(set, elements)
+}
+
+// discard empties the transaction.
+func (c *bulkConn) discard() {
+	c.transaction = c.transaction[:0]
+	_ = c.FlushWithGenID(1) // empties the library's queue
+}
 
 // observeCommits makes d commit in small steps and checks the state after each commit.
 func observeCommits(t *testing.T, d *Dataplane, ns *nettest.Namespace) *observer {
@@ -50,9 +66,9 @@ func observeCommits(t *testing.T, d *Dataplane, ns *nettest.Namespace) *observer
 		f := o.faultAt(o.commits)
 		switch f {
 		case rejectElement:
-			_ = d.conn.SetDeleteElements(d.tables[0].services, []element{{Key: []byte{1, 2, 3, 4}}})
+			deleteInTransaction(d, d.tables[0].services)
 		case rejectCommit:
-			d.conn.DelChain(d.missingChain())
+			deleteInTransaction(d, d.missingSet())
 		case noFault, loseAck:
 		}
 		err := d.conn.Flush()
@@ -68,9 +84,11 @@ func observeCommits(t *testing.T, d *Dataplane, ns *nettest.Namespace) *observer
 	return o
 }
 
-// missingChain returns a chain that does not exist in the table.
-func (d *Dataplane) missingChain() *nftables.Chain {
-	return &nftables.Chain{Name: "nobody", Table: d.tables[0].nf}
+// missingSet returns a set that does not exist in the table.
+func (d *Dataplane) missingSet() *nftables.Set {
+	missing := *d.tables[0].services
+	missing.Name = "nobody"
+	return &missing
 }
 
 // checkState checks each frontend. It must have its old state, its new state, or a mix of old

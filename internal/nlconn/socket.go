@@ -103,6 +103,22 @@ func Messages(datagram []byte) iter.Seq[[]byte] {
 	}
 }
 
+// AnswerError returns the first error in a datagram that [Conn] has not received, or nil. An error
+// of the kernel is an [*Error].
+func AnswerError(datagram []byte) error {
+	for len(datagram) > 0 {
+		m, rest, err := nextMessage(datagram)
+		if err != nil {
+			return err
+		}
+		if answer, err := m.answer(); answer != nil || err != nil {
+			return errors.Join(answer, err)
+		}
+		datagram = rest
+	}
+	return nil
+}
+
 // nextMessage splits off the first message of a datagram.
 func nextMessage(datagram []byte) (m message, rest []byte, err error) {
 	if len(datagram) < unix.NLMSG_HDRLEN {
