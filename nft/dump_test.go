@@ -170,7 +170,7 @@ func TestElementStatementsRemoved(t *testing.T) {
 	table := d.tables[familyIndex(dataplane.IPv4)]
 	for _, set := range []*nftables.Set{table.services, table.endpoints[1], table.verdicts[vmapClasses], table.nodePortAddrs, table.addrSets[clusterIPAddrs]} {
 		var all []element
-		if err := d.dump.dumpElements(t.Context(), set, func(e element, _ bool) { all = append(all, e) }); err != nil {
+		if err := d.dump.dumpElements(t.Context(), set, func(e element, _ bool) { all = append(all, cloneElement(e)) }); err != nil {
 			t.Fatal(err)
 		}
 		if len(all) == 0 {

@@ -160,7 +160,7 @@ func Open(opts Options) (*Dataplane, error) {
 			return nil, errors.Join(err, conn.CloseLasting())
 		}
 	}
-	dump, err := dialDump(opts.NetNS)
+	dump, err := dialParallelDump(opts.NetNS)
 	if err != nil {
 		return nil, errors.Join(err, conn.CloseLasting())
 	}

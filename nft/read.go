@@ -215,30 +215,31 @@ func (r setsReader) read(ctx context.Context, t *table) (*tableContent, error) {
 	for _, s := range sets {
 		c.sets[s.Name] = s
 	}
+	var readers []setReader
+	var readable []*nftables.Set
 	for _, read := range c.setReaders(t) {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
 		found, ok := c.sets[read.set.Name]
-		if !ok {
-			continue
+		switch {
+		case !ok:
+		case sameSet(found, read.set):
+			readers, readable = append(readers, read), append(readable, read.set)
+		case t.hasServiceElements(read.set):
+			c.unreadReason = fmt.Sprintf("set %s has a different definition", read.set.Name)
 		}
-		if !sameSet(found, read.set) {
-			if t.hasServiceElements(read.set) {
-				c.unreadReason = fmt.Sprintf("set %s has a different definition", read.set.Name)
-			}
-			continue
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	err = r.dump.dumpSets(ctx, readable, func(set int, e element, extended bool) {
+		name := readable[set].Name
+		if err := readers[set].parse(e); err != nil {
+			c.unexpected[name] = append(c.unexpected[name], cloneElement(e))
+		} else if extended {
+			c.extended[name] = append(c.extended[name], cloneElement(e))
 		}
-		err := r.dump.dumpElements(ctx, read.set, func(e element, extended bool) {
-			if err := read.parse(e); err != nil {
-				c.unexpected[read.set.Name] = append(c.unexpected[read.set.Name], e)
-			} else if extended {
-				c.extended[read.set.Name] = append(c.extended[read.set.Name], e)
-			}
-		})
-		if err != nil {
-			return nil, fmt.Errorf("list the elements of set %s in table %s: %w", read.set.Name, t, err)
-		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("table %s: %w", t, err)
 	}
 	for _, r := range c.frontends {
 		slices.SortFunc(r.hairpins, netip.Addr.Compare)
@@ -255,7 +256,8 @@ func (t *table) hasServiceElements(s *nftables.Set) bool {
 	return !ofNode && s != t.endpointPorts
 }
 
-// setReader is a set to read and the function that parses its elements.
+// setReader is a set to read and the function that parses its elements. The function must not
+// keep the slices of an element.
 type setReader struct {
 	set   *nftables.Set
 	parse func(element) error
@@ -289,7 +291,7 @@ func (c *tableContent) setReaders(t *table) []setReader {
 	}
 	for set := range t.nodeSetElements(dataplane.Node{}) {
 		readers = append(readers, setReader{set, func(e element) error {
-			c.nodeElements[set.Name] = append(c.nodeElements[set.Name], e)
+			c.nodeElements[set.Name] = append(c.nodeElements[set.Name], cloneElement(e))
 			return nil
 		}})
 	}
@@ -358,6 +360,9 @@ func (t *table) parseFrontendClass(e element) (dataplane.Frontend, serviceClass,
 	return f, class, err
 }
 
+// maxExpectedSlots limits the memory for slots that a class promises before they are read.
+const maxExpectedSlots = 64
+
 func (c *tableContent) parseEndpoint(t *table, shard int, e element) error {
 	f, l, slot, err := t.parseSlot(e.Key)
 	if err != nil {
@@ -370,7 +375,16 @@ func (c *tableContent) parseEndpoint(t *table, shard int, e element) error {
 	if err != nil {
 		return err
 	}
-	s := &c.frontend(f).slots[l]
+	r := c.frontend(f)
+	s := &r.slots[l]
+	if s.endpoints == nil {
+		// The classes have been read before, unless another dump was faster.
+		class := r.class
+		if l == localEndpoints {
+			class = r.externalClass
+		}
+		s.endpoints = make([]netip.AddrPort, 0, max(slot+1, min(class.size(), maxExpectedSlots)))
+	}
 	for len(s.endpoints) <= slot {
 		s.endpoints = append(s.endpoints, netip.AddrPort{})
 	}

@@ -103,7 +103,7 @@ func ReadTables(ctx context.Context, opts Options) (*Tables, error) {
 	if err := probe(conn); err != nil {
 		return nil, err
 	}
-	dump, err := dialDump(opts.NetNS)
+	dump, err := dialParallelDump(opts.NetNS)
 	if err != nil {
 		return nil, err
 	}

@@ -583,7 +583,7 @@ func TestPortRepairSplitsCommits(t *testing.T) {
 func endpointPortElements(t *testing.T, d *Dataplane) []element {
 	t.Helper()
 	var all []element
-	if err := d.dump.dumpElements(t.Context(), d.tables[0].endpointPorts, func(e element, _ bool) { all = append(all, e) }); err != nil {
+	if err := d.dump.dumpElements(t.Context(), d.tables[0].endpointPorts, func(e element, _ bool) { all = append(all, cloneElement(e)) }); err != nil {
 		t.Fatal(err)
 	}
 	return all
