@@ -13,6 +13,9 @@ import (
 // resolveAll resolves the dirty Services, and all Services that claim a frontend whose owner
 // changes as a result. It adds the differences to result.
 func (t *Tracker) resolveAll(dirty []*service, result *Result) {
+	if len(dirty) > linearSearchMax {
+		result.Changes = make(map[dataplane.Key]*dataplane.Service, len(dirty))
+	}
 	desired := make([]desiredState, 0, len(dirty))
 	for _, s := range dirty {
 		desired = append(desired, t.updateClaims(s))

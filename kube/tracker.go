@@ -284,6 +284,13 @@ func (t *Tracker) updateNode(result *Result, markDirty func(*service)) {
 
 // applyObjects stores the Services and slices of d.
 func (t *Tracker) applyObjects(d Delta, result *Result, markDirty func(*service)) {
+	if len(t.services) == 0 { // the first list
+		n := len(d.Services)
+		t.services = make(map[types.NamespacedName]*service, n)
+		t.sliceOwners = make(map[types.NamespacedName]*service, len(d.EndpointSlices)+len(d.ConvertedSlices))
+		t.byClusterIP = make(map[netip.Addr][]*service, n)
+		t.claims.owners = make(map[dataplane.Frontend]claim, n)
+	}
 	for _, name := range d.DeletedServices {
 		if s, ok := t.services[name]; ok {
 			s.object = nil

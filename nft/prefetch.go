@@ -52,7 +52,7 @@ func (d *Dataplane) Prefetch(ctx context.Context, desired dataplane.Desired) err
 	defer d.mu.Unlock()
 	s := &d.prefetch
 	changes := d.watch.changeCount()
-	if p := s.prepared; p != nil && p.changes == changes && desired.Node.Equal(p.node) {
+	if p := s.prepared; p != nil && p.changes == changes && (desired.Services == nil || desired.Node.Equal(p.node)) {
 		return nil
 	}
 	s.prepared = nil
@@ -67,7 +67,7 @@ func (d *Dataplane) Prefetch(ctx context.Context, desired dataplane.Desired) err
 		}
 	}
 	p := s.prefetched
-	if p == nil || p.differs {
+	if p == nil || p.differs || desired.Services == nil {
 		return nil
 	}
 	if d.prepareReplace(ctx, p, desired); s.prepared != nil || ctx.Err() != nil {

@@ -81,6 +81,9 @@ func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
 	}
 	now := time.Now()
 	s.mu.Lock()
+	if len(s.inbox.changes) == 0 && len(changes) > maxSpareChanges {
+		s.inbox.changes = make(map[dataplane.Key]input, len(changes))
+	}
 	for k, svc := range changes {
 		if svc != nil && svc.Key != k {
 			s.log.Error("update ignored: the Service has a different key", "service", svc.Key.String(), "key", k.String())
@@ -213,6 +216,12 @@ func (s *Syncer) Run(ctx context.Context) error {
 	defer close(s.stopped)
 
 	t := &s.tables
+	if prefetcher, ok := t.dp.(dataplane.Prefetcher); ok && !t.listComplete {
+		// Read what an earlier process left in the kernel while the initial list arrives.
+		if err := prefetcher.Prefetch(ctx, dataplane.Desired{}); err != nil && ctx.Err() == nil {
+			s.log.DebugContext(ctx, "reading the kernel ahead of the first commit failed", "error", err)
+		}
+	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	<-timer.C
@@ -296,12 +305,15 @@ func (s *Syncer) drainInbox() inbox {
 	return in
 }
 
+// maxSpareChanges is the largest number of changes whose map is used again.
+const maxSpareChanges = 1024
+
 // publish updates the Status and wakes the waiters after a step.
 func (s *Syncer) publish(in inbox) {
 	t := &s.tables
 	// Reuse the map unless it is large. Clearing it takes time, and it takes memory, in
 	// proportion to the largest batch it ever held.
-	if len(in.changes) <= 1024 {
+	if len(in.changes) <= maxSpareChanges {
 		clear(in.changes)
 		t.spareChanges = in.changes
 	}

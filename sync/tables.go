@@ -117,6 +117,9 @@ func (t *tables) merge(in inbox) {
 		t.nodeChanged = true
 	}
 	t.listComplete = t.listComplete || in.listComplete
+	if len(t.desired) == 0 {
+		t.desired = make(map[dataplane.Key]*dataplane.Service, len(in.changes))
+	}
 	for k, c := range in.changes {
 		f := t.failing[k]
 		if t.allUnknown || f != nil && f.state == unknown {
@@ -318,6 +321,12 @@ func (t *tables) replace(ctx context.Context, reason Reason, in inbox, start tim
 		if _, failed := c.Failed[k]; !failed && f.state != unsupported {
 			c.OldestUpdate = earlier(c.OldestUpdate, f.pendingSince)
 			t.onRecovery(k, f)
+		}
+	}
+	if len(t.applied) == 0 {
+		t.applied = make(map[dataplane.Key]*dataplane.Service, len(t.desired))
+		if t.opts.OnCommit != nil {
+			c.Changes = make([]dataplane.Change, 0, len(t.desired))
 		}
 	}
 	for k, svc := range t.desired {

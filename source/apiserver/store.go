@@ -225,6 +225,9 @@ func (s *store[T, P]) Replace(items []any, version string) error {
 	})
 	s.progress.onReplace(version)
 	s.queue.mu.Lock()
+	if len(s.fingerprints) == 0 {
+		s.fingerprints = make(map[types.NamespacedName]fingerprint[P], len(objects))
+	}
 	listed := make(map[types.NamespacedName]struct{}, len(objects))
 	var replaced map[types.NamespacedName]struct{}
 	removed := len(s.fingerprints)
