@@ -122,17 +122,20 @@ func groupMask(groups ...uint) (mask uint32) {
 }
 
 // localRouteFilter returns a filter for notifications. Of route notifications, which may be
-// thousands, it passes only the ones about local routes.
+// thousands, it passes only the ones about local routes in table local. The mode ipvs binds each
+// cluster IP by a local route in another table.
 func localRouteFilter() []bpf.RawInstruction {
 	// struct nlmsghdr has the message type at offset 4, in host byte order. struct rtmsg
-	// follows at offset 16, with the route type at offset 7.
+	// follows at offset 16, with the table at offset 4 and the route type at offset 7.
 	host := func(t uint16) uint32 {
 		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, t)))
 	}
 	filter, err := bpf.Assemble([]bpf.Instruction{
 		bpf.LoadAbsolute{Off: 4, Size: 2},
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: host(unix.RTM_NEWROUTE), SkipTrue: 1},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: host(unix.RTM_DELROUTE), SkipTrue: 2},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: host(unix.RTM_DELROUTE), SkipTrue: 4},
+		bpf.LoadAbsolute{Off: unix.SizeofNlMsghdr + 4, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.RT_TABLE_LOCAL, SkipTrue: 3},
 		bpf.LoadAbsolute{Off: unix.SizeofNlMsghdr + 7, Size: 1},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.RTN_LOCAL, SkipTrue: 1},
 		bpf.RetConstant{Val: 1 << 16},
