@@ -308,6 +308,9 @@ func (b *batch) ensureServer(s serverKey, want virtualServer) {
 	if len(have.endpoints) == 0 || !exists || have.settings != want.settings {
 		b.markDirty(s)
 	}
+	if !exists {
+		b.serverCount[s.family()]++
+	}
 	// The endpoints in have remain until drainUndesired.
 	b.servers[s] = virtualServer{want.settings, have.endpoints, have.serving}
 }
@@ -378,6 +381,7 @@ func (b *batch) deleteServer(s serverKey) {
 	b.enqueue(request{command: delService, serverKey: s})
 	b.markDirty(s)
 	delete(b.servers, s)
+	b.serverCount[s.family()]--
 	delete(b.draining, s)
 	delete(b.retiring, s)
 	if addr := s.addr.Addr(); !isInternal(addr) {

@@ -208,7 +208,7 @@ func BenchmarkResync(b *testing.B) {
 			}
 			round := 0
 			for b.Loop() {
-				if err := d.verify(round); err != nil {
+				if err := d.verify(round, func() {}); err != nil {
 					b.Fatal(err)
 				}
 				round++
@@ -241,6 +241,7 @@ func BenchmarkCheckForLoss(b *testing.B) {
 			for _, s := range benchServers(n) {
 				vs := virtualServer{settings: settings{scheduler: "rr"}}
 				d.servers[s] = vs
+				d.serverCount[s.family()]++
 				requests = append(requests, request{command: newService, serverKey: s, settings: vs.settings})
 			}
 			if _, err := k.run(requests); err != nil {

@@ -185,7 +185,7 @@ func (c churn) applyWithFaults(d *Dataplane, f *fakeNode, have, next map[datapla
 // finishDrains deletes drained destinations as resync does.
 func (c churn) finishDrains(d *Dataplane, f *fakeNode) {
 	for s := range maps.Clone(d.draining) {
-		destinations, err := fakeIPVS{f}.dumpDestinations(s)
+		destinations, err := fakeIPVS{f}.readDestinations(s, unknownNumber)
 		if err != nil {
 			c.Fatal(err)
 		}

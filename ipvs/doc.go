@@ -88,6 +88,9 @@
 // request. Loading 10,000 virtual servers with 10 destinations each took 7.0 s with it and 2.0
 // s with nlconn (BenchmarkLoad).
 //
+// IPv4 virtual servers and destinations are read through the socket options that IPVS had before
+// netlink, see optionReader.
+//
 // The tests use github.com/moby/ipvs to see the state as other programs see it. The backend
 // does not use it to read state, for these reasons:
 //
@@ -101,8 +104,9 @@
 //
 // # Limitations of IPVS
 //
-// The kernel sends no notifications for IPVS. The backend notices lost virtual servers within 100
-// ms. It compares the kernel's state with the programmed state every five seconds, and all
-// destinations within a minute. IPVS persistence
+// The kernel sends no notifications for IPVS. The backend notices a changed number of virtual
+// servers within 100 ms. It compares the virtual servers and their numbers of destinations with the
+// programmed state every five seconds, and all destinations and addresses within a minute, with
+// pauses in between. docs/design/0022 has the reasons. IPVS persistence
 // implements session affinity; docs/ipvs.md lists the differences.
 package ipvs

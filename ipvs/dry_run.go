@@ -42,6 +42,27 @@ func (c dryRunIPVS) run(requests []request) ([]error, error) {
 	return make([]error, len(requests)), nil
 }
 
+func (c dryRunIPVS) countServers() (int, error) {
+	if c.conn == nil {
+		return 0, nil
+	}
+	return c.conn.countServers()
+}
+
+func (c dryRunIPVS) readServers(f dataplane.Family, visit func(serverKey, serverState)) (complete bool, count int, err error) {
+	if c.conn == nil {
+		return true, 0, nil
+	}
+	return c.conn.readServers(f, visit)
+}
+
+func (c dryRunIPVS) readDestinations(s serverKey, expected int) ([]addressedDestination, error) {
+	if c.conn == nil {
+		return nil, nil
+	}
+	return c.conn.readDestinations(s, expected)
+}
+
 func (c dryRunIPVS) dumpServers() (map[serverKey]settings, error) {
 	if c.conn == nil {
 		return map[serverKey]settings{}, nil

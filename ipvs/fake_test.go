@@ -34,9 +34,14 @@ type fakeNode struct {
 	droppedAddrs map[netip.Addr]bool
 	// translator returns the virtual servers of a Service.
 	translator nft.Translator
-	// requests records all requests. destinationDumps counts the dumps of destinations.
+	// requests records all requests. serverLists counts the reads of all virtual servers, and
+	// destinationDumps the reads of the destinations of one virtual server.
 	requests         []request
+	serverLists      int
 	destinationDumps int
+	// bindings counts addresses that were bound or unbound, and ruleChanges the changes of Services
+	// and addresses in the rules.
+	bindings, ruleChanges int
 	// loadedModules records the modules loaded. The kernel has their schedulers, rr and lc.
 	loadedModules []string
 	// skipOrderChecks disables checkOrder after a fault.
@@ -143,6 +148,39 @@ func (k fakeIPVS) executeOne(r request) error {
 	return nil
 }
 
+func (k fakeIPVS) countServers() (int, error) {
+	count := 0
+	for s := range k.servers {
+		if s.family() == dataplane.IPv4 {
+			count++
+		}
+	}
+	return count, k.fault("count virtual servers")
+}
+
+func (k fakeIPVS) readServers(family dataplane.Family, visit func(serverKey, serverState)) (complete bool, count int, err error) {
+	k.serverLists++
+	if err := k.fault("read virtual servers"); err != nil {
+		return false, 0, err
+	}
+	for s, h := range k.servers {
+		if s.family() == family {
+			visit(s, serverState{h.settings, len(h.dests)})
+			count++
+		}
+	}
+	return true, count, nil
+}
+
+func (k fakeIPVS) readDestinations(s serverKey, _ int) ([]addressedDestination, error) {
+	found, err := k.dumpDestinations(s)
+	var list []addressedDestination
+	for addr, d := range found {
+		list = append(list, addressedDestination{addr, d})
+	}
+	return list, err
+}
+
 // addMissing does nothing, because dumps are complete.
 func (fakeIPVS) addMissing(map[serverKey]settings, iter.Seq[serverKey]) error { return nil }
 
@@ -184,6 +222,7 @@ func (h fakeHost) linkIndex() int                     { return 1 }
 func (h fakeHost) close() error                       { return nil }
 
 func (h fakeHost) changeBindings(typ uint16, addrs []netip.Addr) ([]error, error) {
+	h.bindings += len(addrs)
 	answers := make([]error, len(addrs))
 	for i, a := range addrs {
 		if answers[i] = h.fault(fmt.Sprintf("bind %s", a)); answers[i] != nil {
@@ -206,6 +245,7 @@ func (h fakeHost) boundAddrs() (map[netip.Addr]bool, error) {
 type fakeRules struct{ *fakeNode }
 
 func (r fakeRules) Apply(_ context.Context, changes []dataplane.Change) error {
+	r.ruleChanges += len(changes)
 	failed := map[dataplane.Key]error{}
 	// As in package nft, a failed Service makes the Services fail whose frontends it takes.
 	previous := map[dataplane.Frontend]dataplane.Key{}

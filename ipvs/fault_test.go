@@ -97,8 +97,8 @@ func TestCheckForLoss(t *testing.T) {
 	}
 	check("after Replace", false)
 	clear(f.servers)
-	f.failNext(1, "get a virtual server")
-	check("if the virtual server cannot be read", false)
+	f.failNext(1, "count virtual servers")
+	check("if the virtual servers cannot be counted", false)
 	check("after a flush", true)
 	d.checkForLoss()
 	if err := d.Replace(t.Context(), dataplane.Node{}, sequence(svc), nil); err != nil {
@@ -112,6 +112,58 @@ func TestCheckForLoss(t *testing.T) {
 	}
 	clear(f.servers)
 	check("after a failed write", false)
+}
+
+// TestCheckForLossCost checks that a check reads all virtual servers only if their number has
+// changed, and at most once a second, and that it tells virtual servers of other programs apart.
+func TestCheckForLossCost(t *testing.T) {
+	t.Parallel()
+	for _, services := range []int{1, 1_000} {
+		d, f := newFakeNode(t)
+		f.skipOrderChecks = true // the checks are slow
+		var all []*dataplane.Service
+		for i := range services {
+			all = append(all, service(t, dataplane.ClusterIP, fmt.Sprintf("web-%d", i), fmt.Sprintf("10.96.%d.%d:80/TCP", i/256, i%256),
+				dataplane.ServiceSpec{Endpoints: endpointsAt("10.0.0.1:80")}))
+		}
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(all...), nil); err != nil {
+			t.Fatal(err)
+		}
+		add := func(addr string) func() {
+			return func() { f.servers[tcpServer(addr)] = &fakeServer{dests: map[netip.AddrPort]*destination{}} }
+		}
+		remove := func(addr string) func() { return func() { delete(f.servers, tcpServer(addr)) } }
+		later := func() { d.lastList = d.lastList.Add(-listPeriod) }
+		for _, tt := range []struct {
+			name        string
+			do          func()
+			lists       int
+			loss, drift bool
+		}{
+			{"the first check", func() {}, 1, false, false},
+			{"the next check", func() {}, 0, false, false},
+			{"another program adds a virtual server", add("192.0.2.1:80"), 1, false, false},
+			{"it adds another one at once", add("192.0.2.2:80"), 0, false, false},
+			{"a second later", later, 1, false, false},
+			{"nothing changes", func() {}, 0, false, false},
+			{"another program replaces one of Fairlead's", func() { later(); add("192.0.2.3:80")(); add("192.0.2.4:80")(); remove("10.96.0.0:80")() }, 1, true, true},
+			{"it returns", func() { later(); add("10.96.0.0:80")() }, 1, false, false},
+			{"another program adds one at a Service's address", func() { later(); add("10.96.0.0:81")() }, 1, false, true},
+			{"it deletes it", func() { later(); remove("10.96.0.0:81")() }, 0, false, false},
+			{"all are deleted", func() { clear(f.servers) }, 0, true, true},
+		} {
+			f.serverLists, f.destinationDumps = 0, 0
+			tt.do()
+			d.checkForLoss()
+			if f.serverLists != tt.lists || f.destinationDumps > 0 {
+				t.Errorf("%d Services, %s: %d lists and %d dumps, want %d and none", services, tt.name, f.serverLists, f.destinationDumps, tt.lists)
+			}
+			if loss, drift := len(d.lost) > 0, len(d.drift) > 0; loss != tt.loss || drift != tt.drift {
+				t.Errorf("%d Services, %s: loss %t, drift %t, want %t and %t", services, tt.name, loss, drift, tt.loss, tt.drift)
+			}
+			d.clearDrift()
+		}
+	}
 }
 
 // TestDeleteFailure checks that a failed deletion is an error without a key. The next Replace
@@ -285,15 +337,15 @@ func TestReplaceKeepsDrainDeadlines(t *testing.T) {
 	}
 }
 
-// TestRequestCount checks that the number of requests depends on the change, not on the number
-// of Services.
+// TestRequestCount checks that the numbers of requests, bound addresses and changed rules depend on
+// the change, not on the number of Services.
 func TestRequestCount(t *testing.T) {
 	t.Parallel()
 	web := func(i int, endpoints ...string) *dataplane.Service {
 		return service(t, dataplane.ClusterIP, fmt.Sprintf("web-%d", i), fmt.Sprintf("10.96.%d.%d:80/TCP", i/256, i%256),
 			dataplane.ServiceSpec{Endpoints: endpointsAt(endpoints...)})
 	}
-	for _, services := range []int{10, 2_000} {
+	for _, services := range []int{1_000, 20_000} {
 		d, f := newFakeNode(t)
 		f.skipOrderChecks = true // the checks are slow
 		var initial []*dataplane.Service
@@ -305,29 +357,39 @@ func TestRequestCount(t *testing.T) {
 		}
 		grown, shrunk, empty := web(3, "10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"), web(3, "10.0.0.1:80"), web(3)
 		for _, tt := range []struct {
-			name     string
-			old, new *dataplane.Service
-			requests int
+			name                            string
+			old, new                        *dataplane.Service
+			requests, bindings, ruleChanges int
 		}{
-			{"an endpoint is added", initial[3], grown, 1},
-			{"two are removed", grown, shrunk, 2},
-			{"one is added again", shrunk, initial[3], 1},
-			{"all are removed", initial[3], empty, 2},
-			{"the Service is deleted while its endpoints drain", empty, nil, 0},
-			{"the Service is added again", nil, initial[3], 2},
-			{"the Service is deleted with its endpoints", initial[3], nil, 2},
-			{"the Service is added once more", nil, initial[3], 2},
-			{"nothing changes", initial[3], initial[3], 0},
+			{"an endpoint is added", initial[3], grown, 1, 0, 1},
+			{"two are removed", grown, shrunk, 2, 0, 1},
+			{"one is added again", shrunk, initial[3], 1, 0, 1},
+			{"all are removed", initial[3], empty, 2, 0, 1},
+			{"the Service is deleted while its endpoints drain", empty, nil, 0, 0, 1},
+			{"the Service is added again", nil, initial[3], 2, 0, 1},
+			{"the Service is deleted with its endpoints", initial[3], nil, 2, 0, 1},
+			{"the Service is added once more", nil, initial[3], 2, 0, 1},
+			{"nothing changes", initial[3], initial[3], 0, 0, 1},
+			{"another Service is added", nil, web(services, "10.0.0.1:80", "10.0.0.2:80"), 3, 1, 2},
 		} {
-			f.requests, f.destinationDumps = nil, 0
+			f.requests, f.serverLists, f.destinationDumps, f.bindings, f.ruleChanges = nil, 0, 0, 0, 0
 			if err := d.Apply(t.Context(), []dataplane.Change{{Old: tt.old, New: tt.new}}); err != nil {
 				t.Fatal(err)
 			}
-			if len(f.requests) != tt.requests || f.destinationDumps > 0 {
-				t.Errorf("%d Services, %s: %d requests %v and %d dumps, want %d and none", services, tt.name, len(f.requests), f.requests, f.destinationDumps, tt.requests)
+			if len(f.requests) != tt.requests || f.serverLists+f.destinationDumps > 0 {
+				t.Errorf("%d Services, %s: %d requests %v and %d reads, want %d and none",
+					services, tt.name, len(f.requests), f.requests, f.serverLists+f.destinationDumps, tt.requests)
+			}
+			if f.bindings != tt.bindings || f.ruleChanges != tt.ruleChanges {
+				t.Errorf("%d Services, %s: %d bindings and %d changes of rules, want %d and %d",
+					services, tt.name, f.bindings, f.ruleChanges, tt.bindings, tt.ruleChanges)
 			}
 			for _, r := range f.requests {
-				if want := netip.MustParseAddrPort("10.96.0.3:80"); r.addr != want {
+				want := netip.MustParseAddrPort("10.96.0.3:80")
+				if tt.old == nil {
+					want = tt.new.Frontends[0].Addr
+				}
+				if r.addr != want {
 					t.Errorf("%d Services, %s: %s, want requests about %s only", services, tt.name, r, want)
 				}
 			}

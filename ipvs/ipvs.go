@@ -89,11 +89,12 @@ type Dataplane struct {
 	ipvs      ipvsAPI
 	host      hostAPI
 	allocator addrAllocator
-	// servers holds the programmed virtual servers. boundRefs counts them for each address
-	// outside the internal networks; the nftables rules have a [nft.BoundAddressService] for
-	// each of these addresses.
-	servers   map[serverKey]virtualServer
-	boundRefs map[netip.Addr]int
+	// servers holds the programmed virtual servers. serverCount counts them for each family, and
+	// boundRefs for each address outside the internal networks; the nftables rules have a
+	// [nft.BoundAddressService] for each of these addresses.
+	servers     map[serverKey]virtualServer
+	serverCount map[dataplane.Family]int
+	boundRefs   map[netip.Addr]int
 	// bindFailed holds addresses that should be bound but could not be.
 	bindFailed map[netip.Addr]bool
 	// draining holds the destinations with weight 0 and the time at which each is deleted even
@@ -105,9 +106,13 @@ type Dataplane struct {
 	// udpDrainTimer fires when the next UDP destinations have drained.
 	udpDrainTimer    *time.Timer
 	udpDrainTimerSet bool
-	// dirty holds the servers that have changed since the current resync began. It is nil
-	// while no resync runs.
+	// dirty holds the servers that have changed since verification.beginRead. It is nil while no
+	// resync runs.
 	dirty map[serverKey]bool
+	// otherServers is the number of IPv4 virtual servers of other programs when watchServers last
+	// read all virtual servers, or unknownNumber. lastList is the time of that.
+	otherServers int
+	lastList     time.Time
 	// unverified holds the virtual servers for which a write failed. Only Replace repairs
 	// these; resync ignores them.
 	unverified map[serverKey]bool
@@ -127,6 +132,9 @@ var (
 type (
 	ipvsAPI interface {
 		run(requests []request) ([]error, error)
+		countServers() (int, error)
+		readServers(f dataplane.Family, visit func(serverKey, serverState)) (complete bool, count int, err error)
+		readDestinations(s serverKey, expected int) ([]addressedDestination, error)
 		dumpServers() (map[serverKey]settings, error)
 		addMissing(servers map[serverKey]settings, expected iter.Seq[serverKey]) error
 		getServer(s serverKey) (set settings, exists bool, err error)
@@ -226,6 +234,8 @@ func newDataplane(opts Options) (*Dataplane, error) {
 func (d *Dataplane) reset() {
 	d.allocator = newAddrAllocator()
 	d.servers = map[serverKey]virtualServer{}
+	d.serverCount = map[dataplane.Family]int{}
+	d.otherServers, d.lastList = unknownNumber, time.Time{}
 	d.boundRefs = map[netip.Addr]int{}
 	d.bindFailed = map[netip.Addr]bool{}
 	d.draining = map[serverKey]map[netip.AddrPort]time.Time{}

@@ -511,6 +511,70 @@ func TestGetServer(t *testing.T) {
 	}
 }
 
+// TestOptionsEqualDump checks that socket options return the same virtual servers and destinations
+// as a dump over netlink.
+func TestOptionsEqualDump(t *testing.T) {
+	t.Parallel()
+	n := newTopology(t, Options{}, 1)
+	var many []string
+	for i := range 100 {
+		many = append(many, fmt.Sprintf("10.244.7.%d:%d", i+1, 8000+i))
+	}
+	affine, hashed := n.web(dataplane.UDP, 0), n.web(dataplane.TCP, 0)
+	affine.Affinity, affine.Scheduler, hashed.Scheduler = time.Hour, "lc", dataplane.SourceHash
+	affine.Key.Name = "affine"
+	n.replace(affine, hashed,
+		service(t, dataplane.ClusterIP, "none", "10.96.0.2:65535/SCTP", dataplane.ServiceSpec{}),
+		service(t, dataplane.ClusterIP, "many", "10.96.0.3:443/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt(many...)}),
+		service(t, dataplane.ClusterIP, "six", "[fd00:96::1]:80/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt("[fd00:244::1]:80")}),
+	)
+	n.apply(service(t, dataplane.ClusterIP, "many", "10.96.0.3:443/TCP", dataplane.ServiceSpec{Endpoints: endpointsAt(many[1:]...)}))
+	if err := n.moby.NewService(&ipvs.Service{FWMark: 7, SchedName: "rr", AddressFamily: unix.AF_INET, Netmask: 0xffffffff}); err != nil {
+		t.Fatal(err)
+	}
+	k, err := dialIPVS(n.Node.Fd())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.close() //nolint:errcheck // only read from
+	dumped, err := k.dumpServers()
+	if err != nil || len(dumped) != 5 {
+		t.Fatalf("dumped %v, error %v, want 5 virtual servers", dumped, err)
+	}
+	got := map[serverKey]settings{}
+	for _, f := range families() {
+		read := map[serverKey]serverState{}
+		complete, count, err := k.readServers(f, func(s serverKey, state serverState) { read[s] = state })
+		if err != nil || complete != (f == dataplane.IPv4) || complete && count != 5 {
+			t.Errorf("%s: complete %t, %d virtual servers, error %v, want 5 of IPv4", f, complete, count, err)
+		}
+		for s, state := range read {
+			got[s] = state.settings
+			var want []addressedDestination
+			if err := k.forEachDestination(s, func(b []byte) {
+				addr, d := parseDestination(b, addressFamily(s.addr.Addr()))
+				want = append(want, addressedDestination{addr, d})
+			}); err != nil {
+				t.Error(err)
+			}
+			if f == dataplane.IPv4 && state.destinations != len(want) {
+				t.Errorf("%s has %d destinations, want %d", s, state.destinations, len(want))
+			}
+			for _, expected := range []int{unknownNumber, 0, len(want), len(want) + 1} {
+				if have, err := k.readDestinations(s, expected); err != nil || !slices.Equal(have, want) {
+					t.Errorf("%s with %d expected: read %v, error %v, want %v", s, expected, have, err, want)
+				}
+			}
+		}
+	}
+	if !maps.Equal(got, dumped) {
+		t.Errorf("read %v, dumped %v", got, dumped)
+	}
+	if have, err := k.readDestinations(tcpServer("192.0.2.1:1"), unknownNumber); err != nil || len(have) > 0 {
+		t.Errorf("read %v, error %v of a missing virtual server, want none", have, err)
+	}
+}
+
 // TestNoDrift checks that changes by the Dataplane, and changes of unmanaged virtual servers,
 // are not reported as drift.
 func TestNoDrift(t *testing.T) {

@@ -104,17 +104,11 @@ func (d *Dataplane) newReplacement(
 	if err != nil {
 		return nil, err
 	}
-	servers, err := d.ipvs.dumpServers()
+	servers, err := r.readServers(bound, previous)
 	if err != nil {
 		return nil, err
 	}
-	// If no virtual servers exist at all, the dump is complete.
-	if len(servers) > 0 {
-		if err := d.ipvs.addMissing(servers, maps.Keys(r.desired)); err != nil {
-			return nil, err
-		}
-	}
-	for sv, set := range servers {
+	for sv, state := range servers {
 		addr := sv.addr.Addr()
 		_, isDesired := r.desired[sv]
 		_, programmed := previous[sv]
@@ -125,11 +119,12 @@ func (d *Dataplane) newReplacement(
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		endpoints, err := r.readDestinations(sv)
+		endpoints, err := r.readEndpoints(sv, state.destinations)
 		if err != nil {
 			return nil, err
 		}
-		d.servers[sv] = virtualServer{settings: set, endpoints: endpoints}
+		d.servers[sv] = virtualServer{settings: state.settings, endpoints: endpoints}
+		d.serverCount[sv.family()]++
 		if !isInternal(addr) {
 			d.boundRefs[addr]++
 		}
@@ -157,30 +152,81 @@ func (r *replacement) reconcileBindings(have map[netip.Addr]bool) error {
 	return b.execute(r.owners, r.failed)
 }
 
-// readDestinations returns the destinations of a virtual server that accept connections,
-// sorted by address. It records the others as draining.
-func (r *replacement) readDestinations(s serverKey) ([]dataplane.Endpoint, error) {
-	destinations, err := r.ipvs.dumpDestinations(s)
+// readServers returns the virtual servers in the kernel, also those of other programs. It reads IPv6
+// virtual servers only if some are desired or programmed, or their addresses are bound: the kernel
+// can only dump them together with all IPv4 virtual servers.
+func (r *replacement) readServers(bound map[netip.Addr]bool, previous map[serverKey]virtualServer) (map[serverKey]serverState, error) {
+	hasIPv6 := false
+	for addr := range bound {
+		hasIPv6 = hasIPv6 || addr.Is6()
+	}
+	for _, servers := range []map[serverKey]virtualServer{r.desired, previous} {
+		for s := range servers {
+			hasIPv6 = hasIPv6 || s.family() == dataplane.IPv6
+		}
+	}
+	servers := make(map[serverKey]serverState, len(r.desired))
+	for _, f := range families() {
+		if f == dataplane.IPv6 && !hasIPv6 {
+			continue
+		}
+		before := len(servers)
+		complete, _, err := r.ipvs.readServers(f, func(s serverKey, state serverState) { servers[s] = state })
+		if err != nil {
+			return nil, err
+		}
+		// If no virtual servers exist at all, a dump is complete.
+		if complete || len(servers) == before {
+			continue
+		}
+		for s := range r.desired {
+			if _, ok := servers[s]; ok || s.family() != f {
+				continue
+			}
+			set, exists, err := r.ipvs.getServer(s)
+			if err != nil {
+				return nil, err
+			}
+			if exists {
+				servers[s] = serverState{set, unknownNumber}
+			}
+		}
+	}
+	return servers, nil
+}
+
+// readEndpoints returns the destinations of a virtual server that accept connections, sorted by
+// address. It records the others as draining.
+func (r *replacement) readEndpoints(s serverKey, expected int) ([]dataplane.Endpoint, error) {
+	destinations, err := r.ipvs.readDestinations(s, expected)
 	if err != nil {
 		return nil, err
 	}
+	slices.SortFunc(destinations, func(a, b addressedDestination) int { return a.addr.Compare(b.addr) })
+	want := r.desired[s].endpoints
+	equal := len(destinations) == len(want)
+	for i, dest := range destinations {
+		equal = equal && dest.addr == want[i].Addr && dest.weight == 1 && dest.nat
+	}
+	if equal {
+		return want, nil // share the slice
+	}
 	limit := time.Now().Add(r.drainLimit(s))
-	var endpoints []dataplane.Endpoint
-	for addr, dest := range destinations {
+	endpoints := make([]dataplane.Endpoint, 0, len(destinations))
+	for _, dest := range destinations {
 		if dest.weight == 0 {
-			until, ok := r.previousDrains[s][addr]
+			until, ok := r.previousDrains[s][dest.addr]
 			if !ok {
 				until = limit
 			}
-			r.startDrain(s, addr, until)
+			r.startDrain(s, dest.addr, until)
 			continue
 		}
 		if dest.weight != 1 || !dest.nat {
-			r.repairs = append(r.repairs, request{command: setDest, serverKey: s, dest: addr, weight: 1})
+			r.repairs = append(r.repairs, request{command: setDest, serverKey: s, dest: dest.addr, weight: 1})
 		}
-		endpoints = append(endpoints, dataplane.Endpoint{Addr: addr})
+		endpoints = append(endpoints, dataplane.Endpoint{Addr: dest.addr})
 	}
-	slices.SortFunc(endpoints, func(a, b dataplane.Endpoint) int { return a.Addr.Compare(b.Addr) })
 	return endpoints, nil
 }
 

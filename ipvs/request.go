@@ -17,10 +17,13 @@ import (
 )
 
 // ipvsConn is a connection to IPVS of one network namespace, through its generic netlink
-// family (linux/ip_vs.h, IPVS_GENL_NAME).
+// family (linux/ip_vs.h, IPVS_GENL_NAME) and its socket options. It must not be used concurrently.
 type ipvsConn struct {
-	conn   *nlconn.Conn
-	family netlink.HeaderType
+	conn    *nlconn.Conn
+	family  netlink.HeaderType
+	options *optionReader
+	// destinations is the result of the last readDestinations.
+	destinations []addressedDestination
 }
 
 // dialIPVS connects to IPVS. The error is unix.ENOENT if the kernel has no IPVS. The request
@@ -30,14 +33,18 @@ func dialIPVS(netns int) (*ipvsConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &ipvsConn{conn: conn}
+	options, err := openOptions(netns)
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	c := &ipvsConn{conn: conn, options: options}
 	if err := c.resolveFamily(); err != nil {
 		return nil, errors.Join(err, c.close())
 	}
 	return c, nil
 }
 
-func (c *ipvsConn) close() error { return c.conn.Close() }
+func (c *ipvsConn) close() error { return errors.Join(c.options.close(), c.conn.Close()) }
 
 // resolveFamily reads the number of the family, which the kernel assigns when it loads the
 // module.
@@ -229,6 +236,57 @@ func (c *ipvsConn) run(requests []request) ([]error, error) {
 	return c.conn.Batch(context.Background(), messages)
 }
 
+// countServers returns the number of IPv4 virtual servers, including the ones identified by a
+// firewall mark.
+func (c *ipvsConn) countServers() (int, error) { return c.options.countServers() }
+
+// serverState is the state of a virtual server in the kernel.
+type serverState struct {
+	settings
+
+	// destinations is the number of destinations, or unknownNumber.
+	destinations int
+}
+
+const unknownNumber = -1
+
+// readServers calls visit for each virtual server of a family that is identified by protocol and
+// address. If complete is false, it may have missed some or visited some twice; see dumpServers.
+// count is the number of virtual servers of the family, including the ones identified by a firewall
+// mark, or unknownNumber.
+func (c *ipvsConn) readServers(f dataplane.Family, visit func(serverKey, serverState)) (complete bool, count int, err error) {
+	if f == dataplane.IPv4 {
+		count, err := c.options.readServers(visit)
+		if !isUnsupported(err) {
+			return true, count, err
+		}
+	}
+	return false, unknownNumber, c.forEachServer(func(s serverKey, set settings, _ []byte) {
+		if s.family() == f {
+			visit(s, serverState{set, unknownNumber})
+		}
+	})
+}
+
+// readDestinations returns the destinations of a virtual server, or none if it does not exist.
+// expected is their likely number, or unknownNumber. The result is valid until the next call.
+func (c *ipvsConn) readDestinations(s serverKey, expected int) (_ []addressedDestination, err error) {
+	c.destinations = c.destinations[:0]
+	if s.addr.Addr().Is4() {
+		c.destinations, err = c.options.readDestinations(s, expected, c.destinations)
+		// If there are fewer, the missing ones may be IPv6 destinations.
+		if err == nil && len(c.destinations) >= expected || err != nil && !isUnsupported(err) {
+			return c.destinations, err
+		}
+		c.destinations = c.destinations[:0]
+	}
+	err = c.forEachDestination(s, func(data []byte) {
+		addr, d := parseDestination(data, addressFamily(s.addr.Addr()))
+		c.destinations = append(c.destinations, addressedDestination{addr, d})
+	})
+	return c.destinations, err
+}
+
 // dumpServers returns all virtual servers of the namespace that are identified by protocol and
 // address. It ignores virtual servers identified by a firewall mark.
 //
@@ -355,15 +413,21 @@ type destination struct {
 	nat bool
 }
 
+// addressedDestination is a destination with its address.
+type addressedDestination struct {
+	addr netip.AddrPort
+	destination
+}
+
 // dumpDestinations returns the destinations of a virtual server, or none if it does not exist.
 func (c *ipvsConn) dumpDestinations(s serverKey) (map[netip.AddrPort]destination, error) {
-	destinations := map[netip.AddrPort]destination{}
-	err := c.forEachDestination(s, func(data []byte) {
-		addr, d := parseDestination(data, addressFamily(s.addr.Addr()))
-		destinations[addr] = d
-	})
+	all, err := c.readDestinations(s, unknownNumber)
 	if err != nil {
 		return nil, err
+	}
+	destinations := make(map[netip.AddrPort]destination, len(all))
+	for _, d := range all {
+		destinations[d.addr] = d.destination
 	}
 	return destinations, nil
 }
@@ -384,6 +448,12 @@ func (c *ipvsConn) forEachDestination(s serverKey, visit func(attributes []byte)
 	return nil
 }
 
+// isNAT reports whether the flags of a destination select NAT as the forwarding method.
+func isNAT(connFlags uint32) bool {
+	const forwardingMask = 7 // IP_VS_CONN_F_FWD_MASK
+	return connFlags&forwardingMask == 0
+}
+
 func parseDestination(b []byte, family uint16) (netip.AddrPort, destination) {
 	var (
 		addr []byte
@@ -399,7 +469,7 @@ func parseDestination(b []byte, family uint16) (netip.AddrPort, destination) {
 		case destFamily:
 			family = nlconn.Uint16(data, binary.NativeEndian)
 		case destForwarding:
-			d.nat = nlconn.Uint32(data)&7 == 0 // IP_VS_CONN_F_FWD_MASK
+			d.nat = isNAT(nlconn.Uint32(data))
 		case destWeight:
 			d.weight = nlconn.Uint32(data)
 		case destActive:

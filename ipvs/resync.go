@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"net/netip"
 	"slices"
@@ -19,11 +18,33 @@ const (
 	// also lossCheckPeriod.
 	resyncPeriod = 5 * time.Second
 	// resyncRounds is the number of resyncs that together verify the destinations of all
-	// virtual servers. Fewer rounds suffice for few virtual servers. The kernel dumps the
-	// destinations of one virtual server per request.
-	resyncRounds          = 12
-	resyncServersPerRound = 256
+	// virtual servers, and all addresses. Fewer rounds suffice for few virtual servers, and more
+	// are needed for more than 98,304. The kernel returns the destinations of one virtual server
+	// per request.
+	resyncRounds             = 12
+	resyncServersPerRound    = 256
+	resyncMaxServersPerRound = 8192
 )
+
+// A resync spreads its requests: after each burst it pauses, so that it neither delays changes nor
+// occupies a processor.
+const (
+	burstPause = 100 * time.Millisecond
+	// The maximum numbers of bursts for the destinations that drain, for the destinations that are
+	// verified, and for a dump. All pauses of a resync take less than resyncPeriod.
+	drainBursts, destinationBursts, dumpBursts = 10, 25, 5
+	// The minimum sizes of a burst: requests for the destinations of one virtual server, and
+	// objects of a dump.
+	minBurst, minDumpBurst = 16, 2048
+)
+
+// burstSize returns the size of a burst so that n objects need at most a number of bursts.
+func burstSize(n, minimum, bursts int) int { return max(minimum, (n+bursts-1)/bursts) }
+
+// roundsFor returns the number of resyncs that together verify n virtual servers.
+func roundsFor(n int) int {
+	return max(min(resyncRounds, 1+n/resyncServersPerRound), 1+(n-1)/resyncMaxServersPerRound)
+}
 
 // resync finishes drains and verifies the kernel's state every resyncPeriod until Close.
 func (d *Dataplane) resync() {
@@ -35,7 +56,7 @@ func (d *Dataplane) resync() {
 			return
 		case <-ticker.C:
 		}
-		if err := d.verify(round); err != nil && !d.stopped() {
+		if err := d.verify(round, d.pause); err != nil && !d.stopped() {
 			d.log.Warn("cannot compare the kernel's virtual servers with the programmed state", "error", err)
 		}
 	}
@@ -68,23 +89,50 @@ func (d *Dataplane) stopped() bool {
 	}
 }
 
+// pause waits for burstPause, or until Close.
+func (d *Dataplane) pause() {
+	select {
+	case <-d.stop:
+	case <-time.After(burstPause):
+	}
+}
+
+// verification is one resync. It uses its own connections to the kernel and does not hold mu while
+// it reads. It ignores virtual servers that change meanwhile.
+type verification struct {
+	*Dataplane
+
+	conn verifiedIPVS
+	// pause separates bursts of requests.
+	pause func()
+	// The resync verifies the destinations of the virtual servers for which isSelected is true.
+	round, rounds int
+	selected      []selectedServer
+}
+
+// verifiedIPVS is the part of ipvsAPI that a resync uses. Tests replace it.
+type verifiedIPVS interface {
+	readServers(f dataplane.Family, visit func(serverKey, serverState)) (complete bool, count int, err error)
+	readDestinations(s serverKey, expected int) ([]addressedDestination, error)
+	getServer(s serverKey) (set settings, exists bool, err error)
+}
+
+// selectedServer is a virtual server whose destinations a resync verifies.
+type selectedServer struct {
+	serverKey
+
+	destinations int // likely number
+}
+
 // verify deletes destinations that have drained, and signals drift if the kernel's state
-// differs from the programmed state. It uses its own connections to the kernel and does not
-// hold mu while it reads. It ignores virtual servers that change meanwhile.
-func (d *Dataplane) verify(round int) error {
+// differs from the programmed state.
+func (d *Dataplane) verify(round int, pause func()) error {
 	d.mu.Lock()
-	if !d.ready {
-		d.mu.Unlock()
+	ready, programmed := d.ready, len(d.servers)
+	d.mu.Unlock()
+	if !ready {
 		return nil
 	}
-	d.dirty = map[serverKey]bool{}
-	programmed := slices.Collect(maps.Keys(d.servers))
-	d.mu.Unlock()
-	defer func() {
-		d.mu.Lock()
-		d.dirty = nil
-		d.mu.Unlock()
-	}()
 	c, err := dialIPVS(d.opts.NetNS)
 	if err != nil {
 		return err
@@ -95,43 +143,20 @@ func (d *Dataplane) verify(round int) error {
 		return err
 	}
 	defer h.close() //nolint:errcheck // only read from
-	if err := d.finishDrains(c); err != nil {
+	v := verification{Dataplane: d, conn: c, pause: pause, round: round, rounds: roundsFor(programmed)}
+	defer v.endReads()
+	if err := v.finishDrains(); err != nil {
 		return err
 	}
-	intact, err := d.verifyHost(h)
+	intact, err := v.verifyHost(h)
+	if err == nil && intact {
+		intact, err = v.verifyServers()
+	}
+	if err == nil && intact {
+		intact, err = v.verifySelected()
+	}
 	if err != nil {
 		return err
-	}
-	servers, err := c.dumpServers()
-	if err != nil {
-		return err
-	}
-	slices.SortFunc(programmed, serverKey.compare)
-	rounds := min(resyncRounds, 1+len(programmed)/resyncServersPerRound)
-	for i, s := range programmed {
-		if err := c.addMissing(servers, slices.Values([]serverKey{s})); err != nil {
-			return err
-		}
-		set, exists := servers[s]
-		delete(servers, s)
-		if !d.verifySettings(s, set, exists) {
-			intact = false
-			break
-		}
-		if i%rounds != round%rounds || d.stopped() {
-			continue
-		}
-		destinations, err := c.dumpDestinations(s)
-		if err != nil {
-			return err
-		}
-		if !d.verifyDestinations(s, destinations) {
-			intact = false
-			break
-		}
-	}
-	if intact {
-		intact = !d.hasUnexpectedServers(servers)
 	}
 	if !intact && !d.stopped() {
 		d.signalDrift()
@@ -139,11 +164,34 @@ func (d *Dataplane) verify(round int) error {
 	return h.setSysctls(requiredSysctls(d.opts.StrictARP))
 }
 
-// verifyHost reports whether the interface, the routing rules and the routes exist.
-func (d *Dataplane) verifyHost(h *host) (bool, error) {
+// beginRead forgets the changes before the following read of the kernel.
+func (v *verification) beginRead() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.dirty == nil {
+		v.dirty = map[serverKey]bool{}
+	}
+	clear(v.dirty)
+}
+
+func (v *verification) endReads() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.dirty = nil
+}
+
+// isSelected reports whether the current resync verifies the destinations of a virtual server. Each
+// virtual server is selected in one of rounds successive resyncs.
+func (v *verification) isSelected(s serverKey) bool {
+	return s.hash()%uint64(v.rounds) == uint64(v.round)%uint64(v.rounds) //nolint:gosec // not negative
+}
+
+// verifyHost reports whether the interface, the routing rules and the routes exist. It verifies the
+// routes in one of rounds successive resyncs.
+func (v *verification) verifyHost(h *host) (bool, error) {
 	link, err := h.handle.LinkByName(LinkName)
 	if err != nil {
-		return false, nil // Replace reports the cause
+		return false, nil //nolint:nilerr // Replace reports the cause
 	}
 	h.link = link.Attrs().Index
 	for _, f := range families() {
@@ -151,22 +199,205 @@ func (d *Dataplane) verifyHost(h *host) (bool, error) {
 			return false, err
 		}
 	}
-	bound, err := h.boundAddrs()
-	if err != nil {
-		return false, err
+	v.mu.Lock()
+	intact := h.link == v.host.linkIndex()
+	v.mu.Unlock()
+	if !intact || v.round%v.rounds != 0 {
+		return intact, nil
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if len(d.dirty) > 0 {
-		return true, nil // verify them in the next resync
-	}
-	for addr := range d.boundRefs {
-		if !bound[addr] && !d.bindFailed[addr] {
+	return v.verifyBindings(h.readBindings)
+}
+
+// verifyBindings reports whether exactly the addresses of the programmed virtual servers are bound.
+func (v *verification) verifyBindings(read func(visit func(netip.Addr)) (interrupted bool, err error)) (bool, error) {
+	const attempts = 2 // the second without pauses, which rarely is interrupted
+	v.mu.Lock()
+	burst := burstSize(len(v.boundRefs), minDumpBurst, dumpBursts)
+	v.mu.Unlock()
+	for attempt := range attempts {
+		v.beginRead()
+		bound := map[netip.Addr]bool{}
+		interrupted, err := read(func(addr netip.Addr) {
+			bound[addr] = true
+			if attempt == 0 && len(bound)%burst == 0 {
+				v.pause()
+			}
+		})
+		if err != nil {
+			return false, err
+		}
+		if v.hasBindings(bound) {
+			return true, nil
+		}
+		if !interrupted {
 			return false, nil
+		}
+	}
+	return true, nil // verify them in a later resync
+}
+
+// hasBindings reports whether exactly the addresses of the programmed virtual servers are bound. It
+// changes bound.
+func (v *verification) hasBindings(bound map[netip.Addr]bool) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	changed := map[netip.Addr]bool{}
+	for s := range v.dirty {
+		changed[s.addr.Addr()] = true
+		delete(bound, s.addr.Addr())
+	}
+	for addr := range v.boundRefs {
+		if !bound[addr] && !v.bindFailed[addr] && !changed[addr] {
+			return false
 		}
 		delete(bound, addr)
 	}
-	return h.link == d.host.linkIndex() && len(bound) == 0, nil
+	return len(bound) == 0
+}
+
+// verifyServers reports whether exactly the programmed virtual servers exist at their addresses, with
+// the programmed settings and number of destinations. It selects virtual servers for
+// verifySelected.
+func (v *verification) verifyServers() (intact bool, err error) {
+	for _, f := range families() {
+		v.mu.Lock()
+		programmed := v.serverCount[f]
+		v.mu.Unlock()
+		if f == dataplane.IPv6 && programmed == 0 {
+			continue // the kernel would dump all IPv4 virtual servers as well
+		}
+		if intact, err = v.verifyFamily(f); err != nil || !intact {
+			return intact, err
+		}
+	}
+	return true, nil
+}
+
+func (v *verification) verifyFamily(f dataplane.Family) (intact bool, err error) {
+	v.beginRead()
+	v.mu.Lock()
+	burst := burstSize(v.serverCount[f], minDumpBurst, dumpBursts)
+	v.mu.Unlock()
+	intact = true
+	found, visited := 0, 0
+	complete, count, err := v.conn.readServers(f, func(s serverKey, state serverState) {
+		if visited++; f == dataplane.IPv6 && visited%burst == 0 {
+			v.pause()
+		}
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		want, programmed := v.servers[s]
+		switch {
+		case v.skipVerify(s):
+		case !programmed:
+			intact = intact && !v.isUnexpected(s)
+		default:
+			found++
+			intact = intact && state.settings == want.settings && v.isPlausible(s, state.destinations)
+			if v.isSelected(s) {
+				v.selected = append(v.selected, selectedServer{s, max(state.destinations, len(want.endpoints))})
+			}
+		}
+	})
+	if err != nil || !intact {
+		return false, err
+	}
+	switch missing := v.missingServers(f, found); {
+	case missing > 0 && complete:
+		return false, nil
+	case missing > 0:
+		return v.verifyEach(f)
+	case complete:
+		v.recordOtherServers(count - found)
+	}
+	return true, nil
+}
+
+// missingServers returns how many programmed virtual servers of a family a read did not find, except
+// ones that have changed meanwhile.
+func (v *verification) missingServers(f dataplane.Family, found int) int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	missing := v.serverCount[f] - found
+	for _, set := range []map[serverKey]bool{v.dirty, v.unverified} {
+		for s := range set {
+			if _, programmed := v.servers[s]; programmed && s.family() == f {
+				missing--
+			}
+		}
+	}
+	return missing
+}
+
+// recordOtherServers records the number of IPv4 virtual servers that are not programmed, unless
+// virtual servers have changed since they were counted.
+func (v *verification) recordOtherServers(n int) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.dirty) == 0 && len(v.unverified) == 0 {
+		v.otherServers = n
+	}
+}
+
+// isPlausible reports whether a virtual server can have a number of destinations: its endpoints and
+// destinations that drain, some of which may have ended.
+func (d *Dataplane) isPlausible(s serverKey, destinations int) bool {
+	endpoints := len(d.servers[s].endpoints)
+	return destinations == unknownNumber || endpoints <= destinations && destinations <= endpoints+len(d.draining[s])
+}
+
+// verifyEach reports whether the programmed virtual servers of a family exist, after a dump has
+// missed some. It reads the ones that another dump misses one by one.
+func (v *verification) verifyEach(f dataplane.Family) (bool, error) {
+	v.beginRead()
+	found := map[serverKey]bool{}
+	if _, _, err := v.conn.readServers(f, func(s serverKey, _ serverState) { found[s] = true }); err != nil {
+		return false, err
+	}
+	v.mu.Lock()
+	var missing []serverKey
+	for s := range v.servers {
+		if s.family() == f && !found[s] {
+			missing = append(missing, s)
+		}
+	}
+	v.mu.Unlock()
+	for i, s := range missing {
+		if i%minBurst == minBurst-1 {
+			v.pause()
+		}
+		v.beginRead()
+		set, exists, err := v.conn.getServer(s)
+		if err != nil {
+			return false, err
+		}
+		if !v.verifySettings(s, set, exists) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// verifySelected reports whether the selected virtual servers have the programmed destinations.
+func (v *verification) verifySelected() (bool, error) {
+	burst := burstSize(len(v.selected), minBurst, destinationBursts)
+	for i, s := range v.selected {
+		if i > 0 && i%burst == 0 {
+			v.pause()
+		}
+		if v.stopped() {
+			return true, nil
+		}
+		v.beginRead()
+		destinations, err := v.conn.readDestinations(s.serverKey, s.destinations)
+		if err != nil {
+			return false, err
+		}
+		if !v.verifyDestinations(s.serverKey, destinations) {
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 // verifySettings reports whether a virtual server has the programmed settings.
@@ -180,64 +411,61 @@ func (d *Dataplane) verifySettings(s serverKey, set settings, exists bool) bool 
 // skipVerify reports whether verify must ignore a virtual server.
 func (d *Dataplane) skipVerify(s serverKey) bool { return d.dirty[s] || d.unverified[s] }
 
-// verifyDestinations reports whether a virtual server has the programmed destinations.
-func (d *Dataplane) verifyDestinations(s serverKey, destinations map[netip.AddrPort]destination) bool {
+// verifyDestinations reports whether a virtual server has the programmed destinations. It sorts
+// destinations.
+func (d *Dataplane) verifyDestinations(s serverKey, destinations []addressedDestination) bool {
+	slices.SortFunc(destinations, func(a, b addressedDestination) int { return a.addr.Compare(b.addr) })
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	want, programmed := d.servers[s]
 	if d.skipVerify(s) || !programmed {
 		return true
 	}
-	for _, e := range want.endpoints {
-		if dest, ok := destinations[e.Addr]; !ok || dest.weight != 1 || !dest.nat {
-			return false
-		}
-		delete(destinations, e.Addr)
-	}
-	for addr := range destinations {
-		if _, draining := d.draining[s][addr]; !draining {
+	endpoints := want.endpoints
+	for _, dest := range destinations {
+		if len(endpoints) > 0 && endpoints[0].Addr == dest.addr && dest.weight == 1 && dest.nat {
+			endpoints = endpoints[1:]
+		} else if _, draining := d.draining[s][dest.addr]; !draining {
 			return false
 		}
 	}
-	return true
+	return len(endpoints) == 0
 }
 
-// hasUnexpectedServers reports whether unknown virtual servers exist at bound or internal
-// addresses.
-func (d *Dataplane) hasUnexpectedServers(servers map[serverKey]settings) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for s := range servers {
-		addr := s.addr.Addr()
-		if _, programmed := d.servers[s]; programmed || d.skipVerify(s) || prefixesContain(d.excludeCIDRs, addr) {
-			continue
-		}
-		if isInternal(addr) || d.boundRefs[addr] > 0 {
-			return true
-		}
-	}
-	return false
+// isUnexpected reports whether a virtual server that is not programmed is at a bound or internal
+// address.
+func (d *Dataplane) isUnexpected(s serverKey) bool {
+	addr := s.addr.Addr()
+	return (isInternal(addr) || d.boundRefs[addr] > 0) && !prefixesContain(d.excludeCIDRs, addr)
 }
 
 // finishDrains deletes destinations whose connections have ended or whose drain time has
 // expired.
-func (d *Dataplane) finishDrains(c *ipvsConn) error {
-	d.mu.Lock()
-	draining := slices.Collect(maps.Keys(d.draining))
-	d.mu.Unlock()
-	for _, s := range draining {
-		destinations, err := c.dumpDestinations(s)
+func (v *verification) finishDrains() error {
+	v.mu.Lock()
+	draining := make([]selectedServer, 0, len(v.draining))
+	for s, addrs := range v.draining {
+		draining = append(draining, selectedServer{s, len(v.servers[s].endpoints) + len(addrs)})
+	}
+	v.mu.Unlock()
+	burst := burstSize(len(draining), minBurst, drainBursts)
+	for i, s := range draining {
+		if i > 0 && i%burst == 0 {
+			v.pause()
+		}
+		v.beginRead()
+		destinations, err := v.conn.readDestinations(s.serverKey, s.destinations)
 		if err != nil {
 			return err
 		}
-		if err := d.finishServerDrains(s, destinations); err != nil {
+		if err := v.finishServerDrains(s.serverKey, destinations); err != nil {
 			return err
 		}
 	}
 	for {
-		d.mu.Lock()
-		more, err := d.deleteRetired(nlconn.BatchSize)
-		d.mu.Unlock()
+		v.mu.Lock()
+		more, err := v.deleteRetired(nlconn.BatchSize)
+		v.mu.Unlock()
 		if !more || err != nil {
 			return err
 		}
@@ -329,7 +557,7 @@ func (d *Dataplane) deleteDestinations(requests []request) error {
 	return errors.Join(errs...)
 }
 
-func (d *Dataplane) finishServerDrains(s serverKey, destinations map[netip.AddrPort]destination) error {
+func (d *Dataplane) finishServerDrains(s serverKey, destinations []addressedDestination) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.dirty[s] {
@@ -338,12 +566,12 @@ func (d *Dataplane) finishServerDrains(s serverKey, destinations map[netip.AddrP
 	now := time.Now()
 	var requests []request
 	for addr, until := range d.draining[s] {
-		dest, exists := destinations[addr]
-		if !exists {
+		i := slices.IndexFunc(destinations, func(dest addressedDestination) bool { return dest.addr == addr })
+		if i < 0 {
 			d.endDrain(s, addr)
 			continue
 		}
-		if dest.connections == 0 || !until.IsZero() && now.After(until) {
+		if destinations[i].connections == 0 || !until.IsZero() && now.After(until) {
 			requests = append(requests, request{command: delDest, serverKey: s, dest: addr})
 		}
 	}

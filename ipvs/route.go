@@ -58,6 +58,13 @@ func (h *host) changeBindings(typ uint16, addrs []netip.Addr) ([]error, error) {
 // boundAddrs returns the addresses that are bound to the node.
 func (h *host) boundAddrs() (map[netip.Addr]bool, error) {
 	addrs := map[netip.Addr]bool{}
+	_, err := h.readBindings(func(addr netip.Addr) { addrs[addr] = true })
+	return addrs, err
+}
+
+// readBindings calls visit for each address that is bound to the node. interrupted reports that
+// routes changed meanwhile; then it may have missed some.
+func (h *host) readBindings(visit func(netip.Addr)) (interrupted bool, err error) {
 	for _, f := range families() {
 		family := addressFamily(internalNet(f).Addr())
 		// With strict checks the kernel dumps this table only, and accepts no scope or
@@ -66,18 +73,19 @@ func (h *host) boundAddrs() (map[netip.Addr]bool, error) {
 			Header: netlink.Header{Type: unix.RTM_GETROUTE},
 			Data:   nlconn.AppendUint32([]byte{byte(family), routeHeaderLen - 1: 0}, unix.RTA_TABLE, RouteTable),
 		}
-		_, err := h.routes.Dump(context.Background(), request, func(data []byte) error {
+		changed, err := h.routes.Dump(context.Background(), request, func(data []byte) error {
 			if addr, ok := h.parseRoute(data); ok {
-				addrs[addr] = true
+				visit(addr)
 			}
 			return nil
 		})
+		interrupted = interrupted || changed
 		// ENOENT: the table does not exist until it has a route.
 		if err != nil && !errors.Is(err, unix.ENOENT) && !isFamilyUnsupported(f, err) {
-			return nil, fmt.Errorf("dump %s routes of table %d: %w", f, RouteTable, err)
+			return interrupted, fmt.Errorf("dump %s routes of table %d: %w", f, RouteTable, err)
 		}
 	}
-	return addrs, nil
+	return interrupted, nil
 }
 
 // parseRoute returns the address that a route binds, and reports whether it is the backend's

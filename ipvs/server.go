@@ -19,6 +19,8 @@ type serverKey struct {
 	addr     netip.AddrPort
 }
 
+func (s serverKey) family() dataplane.Family { return dataplane.FamilyOf(s.addr.Addr()) }
+
 // String formats the key like a [dataplane.Frontend].
 func (s serverKey) String() string {
 	return dataplane.Frontend{Protocol: s.protocol, Addr: s.addr}.String()
@@ -26,6 +28,15 @@ func (s serverKey) String() string {
 
 func (s serverKey) compare(o serverKey) int {
 	return cmp.Or(s.addr.Compare(o.addr), cmp.Compare(s.protocol, o.protocol))
+}
+
+// hash returns a number that spreads virtual servers evenly and does not change.
+func (s serverKey) hash() uint64 {
+	const fibonacci = 0x9e3779b97f4a7c15 // 2^64 divided by the golden ratio
+	addr := s.addr.Addr().As16()
+	h := binary.BigEndian.Uint64(addr[:8])*fibonacci + binary.BigEndian.Uint64(addr[8:])
+	h = h*fibonacci + uint64(s.addr.Port())<<8 + uint64(s.protocol)
+	return h * fibonacci >> 32 //nolint:mnd // the upper half depends on all bits
 }
 
 // virtualServer is the desired state of a virtual server.
