@@ -62,15 +62,18 @@ func TestFirstPacketCost(t *testing.T) {
 	}{
 		"forwarded, not to a Service": {
 			pod, netip.MustParseAddrPort("203.0.113.9:443"), "eth0",
-			packetCost{chains: 4, expressions: 20, lookups: 3}, Unchanged,
+			packetCost{chains: 4, expressions: 20, lookups: 3},
+			Unchanged,
 		},
 		"of the node, not to a Service": {
 			netip.MustParseAddrPort("192.0.2.1:50000"), netip.MustParseAddrPort("203.0.113.9:443"), "",
-			packetCost{chains: 4, expressions: 22, lookups: 3}, Unchanged,
+			packetCost{chains: 4, expressions: 22, lookups: 3},
+			Unchanged,
 		},
 		"from a pod to a Service": {
 			pod, frontend(lastShard).Addr, "eth0",
-			packetCost{chains: 9, expressions: 75, lookups: 7}, Translated,
+			packetCost{chains: 9, expressions: 75, lookups: 7},
+			Translated,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"fairlead.io/fairlead/bench/established"
 	"fairlead.io/fairlead/bench/result"
@@ -116,10 +117,8 @@ func withFlowOffload(nodes []*node) system.System {
 func (c *comparison) leaveOutFlowOffload(name, reason string) {
 	for _, measure := range []result.Measure{result.PacketTime, result.TransferTime} {
 		l := result.LeftOut{System: name, Measure: measure, Environment: c.Environment.Name, Reason: reason}
-		for _, other := range c.report.LeftOut {
-			if other == l {
-				return
-			}
+		if slices.Contains(c.report.LeftOut, l) {
+			return
 		}
 		c.report.LeftOut = append(c.report.LeftOut, l)
 	}
