@@ -36,7 +36,7 @@ type pipelineUnderTest struct {
 // newPipelineUnderTest opens the backend on the node of the testbed and starts the pipeline. The
 // pipeline programs nothing before FinishInitialList, which load calls.
 func newPipelineUnderTest(ctx context.Context, o Options, r *testbed.Testbed) (*pipelineUnderTest, error) {
-	dp, err := o.openDataplane(r.Node.Fd()) //nolint:contextcheck // Close ends what it starts
+	dp, err := o.openDataplane(r.Node.Fd()) //nolint:contextcheck // Close ends its goroutines
 	if err != nil {
 		return nil, err
 	}

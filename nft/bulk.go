@@ -29,7 +29,7 @@ type bulkConn struct {
 	*nftables.Conn
 
 	socket *netlink.Conn // of Conn
-	// transaction contains the messages of a transaction. It is empty if there is none.
+	// transaction contains the messages of a transaction. It is empty between transactions.
 	transaction []byte
 	sequence    uint32
 }
