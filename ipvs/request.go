@@ -257,6 +257,9 @@ const unknownNumber = -1
 func (c *ipvsConn) readServers(f dataplane.Family, visit func(serverKey, serverState)) (complete bool, count int, err error) {
 	if f == dataplane.IPv4 {
 		count, err := c.options.readServers(visit)
+		if err == nil { // the module may be another one than at the last request, which a dump would show
+			err = c.resolveFamily()
+		}
 		if !isUnsupported(err) {
 			return true, count, err
 		}
