@@ -113,6 +113,9 @@ type Dataplane struct {
 	// read all virtual servers, or unknownNumber. lastList is the time of that.
 	otherServers int
 	lastList     time.Time
+	// searchedIPv6 is set once a resync has found no IPv6 virtual server of an earlier process.
+	// strayIPv6 means that it has found one, which Replace must delete.
+	searchedIPv6, strayIPv6 bool
 	// unverified holds the virtual servers for which a write failed. Only Replace repairs
 	// these; resync ignores them.
 	unverified map[serverKey]bool

@@ -153,10 +153,10 @@ func (r *replacement) reconcileBindings(have map[netip.Addr]bool) error {
 }
 
 // readServers returns the virtual servers in the kernel, also those of other programs. It reads IPv6
-// virtual servers only if some are desired or programmed, or their addresses are bound: the kernel
-// can only dump them together with all IPv4 virtual servers.
+// virtual servers only if some are desired or programmed, their addresses are bound, or a resync has
+// found one: the kernel can only dump them together with all IPv4 virtual servers.
 func (r *replacement) readServers(bound map[netip.Addr]bool, previous map[serverKey]virtualServer) (map[serverKey]serverState, error) {
-	hasIPv6 := false
+	hasIPv6 := r.strayIPv6
 	for addr := range bound {
 		hasIPv6 = hasIPv6 || addr.Is6()
 	}
@@ -175,6 +175,7 @@ func (r *replacement) readServers(bound map[netip.Addr]bool, previous map[server
 		if err != nil {
 			return nil, err
 		}
+		r.strayIPv6 = r.strayIPv6 && f != dataplane.IPv6
 		// If no virtual servers exist at all, a dump is complete.
 		if complete || len(servers) == before {
 			continue

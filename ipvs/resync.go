@@ -261,9 +261,9 @@ func (v *verification) hasBindings(bound map[netip.Addr]bool) bool {
 func (v *verification) verifyServers() (intact bool, err error) {
 	for _, f := range families() {
 		v.mu.Lock()
-		programmed := v.serverCount[f]
+		skip := f == dataplane.IPv6 && v.serverCount[f] == 0 && v.searchedIPv6
 		v.mu.Unlock()
-		if f == dataplane.IPv6 && programmed == 0 {
+		if skip {
 			continue // the kernel would dump all IPv4 virtual servers as well
 		}
 		if intact, err = v.verifyFamily(f); err != nil || !intact {
@@ -290,7 +290,9 @@ func (v *verification) verifyFamily(f dataplane.Family) (intact bool, err error)
 		switch {
 		case v.skipVerify(s):
 		case !programmed:
-			intact = intact && !v.isUnexpected(s)
+			unexpected := v.isUnexpected(s)
+			intact = intact && !unexpected
+			v.strayIPv6 = v.strayIPv6 || unexpected && f == dataplane.IPv6
 		default:
 			found++
 			intact = intact && state.settings == want.settings && v.isPlausible(s, state.destinations)
@@ -301,6 +303,11 @@ func (v *verification) verifyFamily(f dataplane.Family) (intact bool, err error)
 	})
 	if err != nil || !intact {
 		return false, err
+	}
+	if f == dataplane.IPv6 {
+		v.mu.Lock()
+		v.searchedIPv6 = true
+		v.mu.Unlock()
 	}
 	switch missing := v.missingServers(f, found); {
 	case missing > 0 && complete:

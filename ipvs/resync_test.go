@@ -63,7 +63,7 @@ func webServices(t *testing.T, n int) []*dataplane.Service {
 	return all
 }
 
-// TestResyncCost checks that a resync lists virtual servers once, reads the destinations of a
+// TestResyncCost checks that a resync lists virtual servers once, the first one twice, reads the destinations of a
 // bounded number of virtual servers in short bursts, and pauses for less than its period, and that
 // successive resyncs read the destinations of all virtual servers.
 func TestResyncCost(t *testing.T) {
@@ -90,9 +90,13 @@ func TestResyncCost(t *testing.T) {
 				if !verifyServersWith(t, d, c, round) {
 					t.Error("drift")
 				}
-				if c.lists != 1 || c.requests > tt.requests || c.longestBurst > tt.burst {
-					t.Errorf("resync %d: %d lists, %d requests in bursts of up to %d, want 1, at most %d and %d",
-						round, c.lists, c.requests, c.longestBurst, tt.requests, tt.burst)
+				wantLists := 1
+				if round == 0 {
+					wantLists = 2 // looks for IPv6 virtual servers of an earlier process once
+				}
+				if c.lists != wantLists || c.requests > tt.requests || c.longestBurst > tt.burst {
+					t.Errorf("resync %d: %d lists, %d requests in bursts of up to %d, want %d, at most %d and %d",
+						round, c.lists, c.requests, c.longestBurst, wantLists, tt.requests, tt.burst)
 				}
 				if pause := time.Duration(c.pauses) * burstPause; pause > resyncPeriod*3/5 {
 					t.Errorf("resync %d: pauses for %v of %v", round, pause, resyncPeriod)
@@ -163,6 +167,27 @@ func TestResyncFindsDrift(t *testing.T) {
 				t.Errorf("found in resync %d, want at the latest in resync %d", found, tt.rounds)
 			}
 		})
+	}
+}
+
+// TestLeftoverIPv6 checks that an IPv6 virtual server that an earlier process left at an internal
+// address is deleted, although no IPv6 Service exists any more.
+func TestLeftoverIPv6(t *testing.T) {
+	t.Parallel()
+	d, f := newFakeNode(t)
+	left := tcpServer(netip.AddrPortFrom(internalNets()[1].Addr().Next(), 80).String())
+	f.servers[left] = &fakeServer{}
+	c := &countingIPVS{fakeIPVS: fakeIPVS{f}, read: map[serverKey]int{}}
+	for round, intact := range []bool{false, true} {
+		if err := d.Replace(t.Context(), dataplane.Node{}, sequence(webServices(t, 2)...), nil); err != nil {
+			t.Fatal(err)
+		}
+		if verifyServersWith(t, d, c, round) != intact {
+			t.Errorf("resync %d: intact %t, want %t", round, !intact, intact)
+		}
+	}
+	if _, ok := f.servers[left]; ok {
+		t.Errorf("%s remains", left)
 	}
 }
 
