@@ -67,10 +67,10 @@ type LossNotifier interface {
 // Prefetcher is implemented by a Dataplane that can prepare the first Replace, which shortens that
 // call.
 type Prefetcher interface {
-	// Prefetch reads the state of the kernel and compares it with the desired state. It does nothing if an earlier result is still valid or if the kernel
-	// is still changing. It writes nothing to the kernel. If desired.Services is nil, the desired
-	// state is not known yet, and Prefetch only reads. Prefetch must not run concurrently with
-	// any method except Drift.
+	// Prefetch reads the state of the kernel and compares it with the desired state. It does nothing
+	// if an earlier result is still valid or if the kernel is still changing. It writes nothing to
+	// the kernel. If desired.Services is nil, the desired state is not known yet, and Prefetch only
+	// reads. Prefetch must not run concurrently with any method except Drift.
 	Prefetch(ctx context.Context, desired Desired) error
 }
 

@@ -5,6 +5,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 
 	"fairlead.io/fairlead/dataplane"
 	"fairlead.io/fairlead/dataplane/dataplanetest"
+	"fairlead.io/fairlead/internal/kmod"
 	"fairlead.io/fairlead/internal/nettest"
 )
 
@@ -60,10 +63,26 @@ func (n *testNode) bridge(pods int) (hosts []*nettest.Host) {
 	return hosts
 }
 
+// loadBridgeNetfilter loads the module br_netfilter in a virtual machine. On another machine it would
+// change how all bridges filter packets.
+func loadBridgeNetfilter(t *testing.T) {
+	t.Helper()
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.Contains(strings.Fields(string(cmdline)), "fairlead.vm=1") {
+		if err := kmod.Load("br_netfilter"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestBridge checks connections of pods in a bridge, whose packets the flowtable sends from one port of
 // the bridge to another interface.
 func TestBridge(t *testing.T) {
 	n := newTestNode(t)
+	loadBridgeNetfilter(t)
 	bridged := n.bridge(2)
 	if err := n.Node.Do(func() error { return os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte("1"), 0) }); err != nil {
 		t.Skipf("the kernel has no bridge netfilter: %v", err)
