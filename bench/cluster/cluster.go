@@ -1,5 +1,6 @@
-// Package cluster generates the Kubernetes objects that benchmarks program: Services with one
-// port, usually TCP, and a cluster IP, and one EndpointSlice each. The addresses are those of package testbed.
+// Package cluster generates the Kubernetes objects that benchmarks program: Services with a cluster
+// IP and one port, usually of TCP, and one EndpointSlice each. The addresses are the ones of package
+// testbed.
 package cluster
 
 import (
