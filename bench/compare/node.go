@@ -41,8 +41,11 @@ type node struct {
 	inUse     map[int]bool // indices of Services, see acquireService
 }
 
-// newNode creates a node without a running system. Its API server serves the content.
-func newNode(ctx context.Context, sys system.System, dir string, s server, c *content) (_ *node, err error) {
+// newNode creates a node without a running system. Its API server serves the content. The probe
+// sends packets at least probeInterval apart.
+func newNode(
+	ctx context.Context, sys system.System, dir string, s server, c *content, probeInterval time.Duration,
+) (_ *node, err error) {
 	n := &node{sys: sys, server: s, services: slices.Clone(c.services), usedAddrs: len(c.services) * c.endpoints, inUse: map[int]bool{}}
 	defer func() {
 		if err != nil {
@@ -55,6 +58,7 @@ func newNode(ctx context.Context, sys system.System, dir string, s server, c *co
 	if n.probe, err = n.testbed.NewProbe(); err != nil {
 		return nil, err
 	}
+	n.probe.MinInterval = probeInterval
 	n.env = system.Environment{
 		Namespace: n.testbed.Node.Namespace, Kubeconfig: filepath.Join(dir, "kubeconfig"),
 		ClusterCIDR: testbed.ClusterCIDR, ServiceCIDR: testbed.ServiceCIDR, NodeName: cluster.NodeName, Dir: dir,
@@ -186,7 +190,6 @@ func (n *node) observe(ctx context.Context, event *request, wait func(context.Co
 			cancel()
 		}
 	}()
-	n.probe.ThrottleUntil(event.done)
 	observed, err := wait(waiting)
 	if requestErr := event.wait(); requestErr != nil {
 		err = requestErr // the reason why no effect was observed

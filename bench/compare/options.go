@@ -35,6 +35,8 @@ type Options struct {
 	Rounds   int
 	// SettleTime is the minimum time between two measured changes of a system.
 	SettleTime time.Duration
+	// ProbeInterval is the minimum time between two packets that show changes.
+	ProbeInterval time.Duration
 	// ControlPlane is a directory with the programs etcd and kube-apiserver, which are started for
 	// each system. If it is empty, systems watch API servers in this process.
 	ControlPlane string
@@ -106,8 +108,8 @@ func (o *Options) Validate() error {
 	if o.StartLimit <= 0 {
 		errs = append(errs, errors.New("--start-limit must be greater than 0"))
 	}
-	if o.Duration <= 0 || o.SettleTime < 0 {
-		errs = append(errs, errors.New("--churn-time must be greater than 0, and --settle must not be negative"))
+	if o.Duration <= 0 || o.SettleTime < 0 || o.ProbeInterval < 0 {
+		errs = append(errs, errors.New("--churn-time must be greater than 0, and --settle and --probe-interval must not be negative"))
 	}
 	for _, r := range o.Rates {
 		if r <= 0 {

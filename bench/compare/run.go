@@ -225,7 +225,7 @@ func (c *comparison) startNode(ctx context.Context, sys system.System, s server,
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return nil, 0, use, fmt.Errorf("create the directory for logs: %w", err)
 	}
-	n, err := newNode(ctx, sys, dir, s, content)
+	n, err := newNode(ctx, sys, dir, s, content, c.ProbeInterval)
 	if err != nil {
 		return nil, 0, use, err
 	}

@@ -96,6 +96,8 @@ cannot run at all are left out, with the reason in the result.`,
 	flags.DurationVar(&o.Duration, "churn-time", o.Duration, "duration of each round of churn")
 	flags.IntVar(&o.Rounds, "rounds", o.Rounds, "number of rounds of churn for each system")
 	flags.DurationVar(&o.SettleTime, "settle", o.SettleTime, "minimum time between two measured changes of a system")
+	flags.DurationVar(&o.ProbeInterval, "probe-interval", o.ProbeInterval,
+		"minimum time between two packets that show a change; 0 occupies a processor for a short time")
 	flags.StringSliceVar(&f.only, "only", parts, "parts of the comparison to run")
 	flags.StringVar(&o.ControlPlane, "apiserver", "", "`directory` with etcd and kube-apiserver to start for each system, such as .cache/controlplane of \"make controlplane\" (default: API servers in this process)")
 	flags.StringVar(&f.json, "json", "", "`file` for the result as JSON; - writes to standard output")
