@@ -19,7 +19,8 @@ type Options struct {
 	// info message when it recovers, and a debug message for each commit. Nil disables logging.
 	Logger *slog.Logger
 
-	// OnCommit is called after each dataplane call, successful or not, by the goroutine of Run.
+	// OnCommit is called after each dataplane call, successful or not, by the goroutine that made
+	// the call: of Run or of [Syncer.UpdateInline].
 	// The next call waits until it returns. OnCommit must not call [Syncer.WaitSynced]. It may
 	// keep the Commit but must not modify it.
 	OnCommit func(Commit)

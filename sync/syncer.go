@@ -25,7 +25,13 @@ type Syncer struct {
 	triedSeq uint64 // all input up to this sequence number has been tried
 	waiters  []waiter
 
-	tables tables // owned by Run
+	// stepping is held by the goroutine that uses tables: Run, Prepare or UpdateInline.
+	stepping sync.Mutex
+	tables   tables
+	// runCtx is the context of Run, nil while Run does not run. armedAt is the time for which
+	// Run has set its timer, or zero. stepping protects both.
+	runCtx  context.Context //nolint:containedctx // Calls of UpdateInline end with Run.
+	armedAt time.Time
 }
 
 // inbox contains the input that Run has not processed yet.
@@ -76,11 +82,30 @@ func New(dp dataplane.Dataplane, opts Options) *Syncer {
 // Run. An entry whose key differs from the key of its Service is a bug in the caller. Update logs
 // it as an error and ignores it.
 func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
+	if s.addChanges(changes) {
+		s.wakeRun()
+	}
+}
+
+// UpdateInline is like Update, but makes the dataplane call itself if the call is small and Run is
+// idle. This saves two changes of goroutines, which take longer than the call. UpdateInline leaves
+// calls to Run for a second after a call took long, so it blocks the caller for a few milliseconds
+// at most, except for the first slow call. It must not be called while the caller holds a lock that
+// [Options.OnCommit] needs.
+func (s *Syncer) UpdateInline(changes map[dataplane.Key]*dataplane.Service) {
+	if s.addChanges(changes) && (len(changes) > inlineWeight || !s.tryStep()) {
+		s.wakeRun()
+	}
+}
+
+// addChanges adds changes to the inbox. It reports whether there are any.
+func (s *Syncer) addChanges(changes map[dataplane.Key]*dataplane.Service) bool {
 	if len(changes) == 0 {
-		return
+		return false
 	}
 	now := time.Now()
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	if len(s.inbox.changes) == 0 && len(changes) > maxSpareChanges {
 		s.inbox.changes = make(map[dataplane.Key]input, len(changes))
 	}
@@ -99,7 +124,32 @@ func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
 	if s.inbox.oldestUpdate.IsZero() {
 		s.inbox.oldestUpdate = now
 	}
-	s.unlockAndWake()
+	s.inbox.seq++
+	return true
+}
+
+const (
+	// inlineWeight is the largest weight of a call that UpdateInline makes, see callWeight. The
+	// kernel needs less than a millisecond for it.
+	inlineWeight = 256
+	// slowCall is the duration of a call after which UpdateInline makes no calls for
+	// inlinePause. Another program may block the kernel's lock.
+	slowCall    = 5 * time.Millisecond
+	inlinePause = time.Second
+)
+
+// tryStep makes the dataplane call that is due, unless Run must make it. It reports whether Run
+// need not be woken.
+func (s *Syncer) tryStep() bool {
+	if !s.stepping.TryLock() {
+		return false
+	}
+	defer s.stepping.Unlock()
+	t := &s.tables
+	if s.runCtx == nil || s.runCtx.Err() != nil || t.allUnknown || len(t.queue.entries) > 0 || time.Now().Before(t.inlineAfter) {
+		return false
+	}
+	return s.step(s.runCtx, inlineWeight) && len(t.queue.entries) == 0 && t.nextReplaceAt().Equal(s.armedAt)
 }
 
 // SetNode sets the desired Node, which is the zero Node initially. It does not wait for the
@@ -179,9 +229,11 @@ func (s *Syncer) Prepare(ctx context.Context, done <-chan struct{}) {
 		case <-done:
 			return
 		case <-s.wake:
+			s.stepping.Lock()
 			in := s.drainInbox()
 			s.tables.merge(in)
 			s.publish(in)
+			s.stepping.Unlock()
 			continue
 		case <-timer.C:
 		}
@@ -225,50 +277,79 @@ func (s *Syncer) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	<-timer.C
-	var armed time.Time
+	s.stepping.Lock()
+	s.runCtx = ctx
+	s.stepping.Unlock()
+	defer func() { // waits for UpdateInline
+		s.stepping.Lock()
+		s.runCtx = nil
+		s.stepping.Unlock()
+	}()
 	for {
-		if at := t.nextReplaceAt(); !at.Equal(armed) {
-			if armed = at; at.IsZero() {
-				timer.Stop()
-			} else {
-				timer.Reset(time.Until(at))
-			}
-		}
+		s.arm(timer)
+		var onEvent func(time.Time)
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-s.wake:
 		case <-timer.C:
-			armed = time.Time{}
+			onEvent = func(time.Time) { s.armedAt = time.Time{} }
 		case _, ok := <-t.drift:
 			if !ok {
 				t.drift = nil // a closed channel would always be ready
 				continue
 			}
-			t.onDrift(time.Now())
+			onEvent = t.onDrift
 		case _, ok := <-t.lost:
 			if !ok {
 				t.lost = nil
 				continue
 			}
-			t.onLoss(time.Now())
+			onEvent = t.onLoss
 		}
-		s.step(ctx)
+		s.stepping.Lock()
+		if onEvent != nil {
+			onEvent(time.Now())
+		}
+		s.step(ctx, 0)
+		more := len(t.queue.entries) > 0
+		s.stepping.Unlock()
 		if ctx.Err() != nil {
 			return nil
 		}
-		if len(t.queue.entries) > 0 {
+		if more {
 			s.wakeRun()
 		}
 	}
 }
 
-// step processes the inbox and makes the dataplane call that is due, if any.
-func (s *Syncer) step(ctx context.Context) {
+// arm sets the timer to the time of the next Replace.
+func (s *Syncer) arm(timer *time.Timer) {
+	s.stepping.Lock()
+	defer s.stepping.Unlock()
+	at := s.tables.nextReplaceAt()
+	if at.Equal(s.armedAt) {
+		return
+	}
+	if s.armedAt = at; at.IsZero() {
+		timer.Stop()
+	} else {
+		timer.Reset(time.Until(at))
+	}
+}
+
+// step processes the inbox and makes the dataplane call that is due, if any. If maxWeight is not 0,
+// step makes only calls of Apply up to this weight, and reports false if another call is due. The
+// caller holds stepping.
+func (s *Syncer) step(ctx context.Context, maxWeight int) bool {
 	t := &s.tables
 	in := s.drainInbox()
 	t.merge(in)
 	reason := t.replaceDue(time.Now())
+	if maxWeight > 0 && (reason != "" || t.queue.weight > maxWeight) {
+		s.publish(in)
+		return false
+	}
 	if reason != "" || len(t.queue.entries) > 0 {
 		start := time.Now()
 		s.mu.Lock()
@@ -283,13 +364,17 @@ func (s *Syncer) step(ctx context.Context) {
 			commit, ok = t.apply(ctx, start)
 		}
 		if !ok {
-			return
+			return true // ctx has ended
+		}
+		if reason == "" && commit.End.Sub(commit.Start) > slowCall {
+			t.inlineAfter = commit.End.Add(inlinePause)
 		}
 		if s.opts.OnCommit != nil {
 			s.opts.OnCommit(commit)
 		}
 	}
 	s.publish(in)
+	return true
 }
 
 // drainInbox returns the content of the inbox and leaves it empty.

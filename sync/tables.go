@@ -14,7 +14,7 @@ import (
 )
 
 // tables is the state that Run owns: the desired and applied Services, the failing keys and the
-// times of the next calls. One goroutine uses it without locks.
+// times of the next calls. One goroutine at a time uses it, see Syncer.stepping.
 type tables struct {
 	dp    dataplane.Dataplane
 	opts  Options
@@ -61,6 +61,8 @@ type tables struct {
 	lastReplaceEnd      time.Time     // end of the last Replace
 
 	lastSuccess time.Time
+	// inlineAfter is the time before which only Run makes calls, because a call took long.
+	inlineAfter time.Time
 	// failingErrors is the copy of failing in Status. It is rebuilt when failing has changed.
 	failingErrors      map[dataplane.Key]error
 	failingErrorsStale bool

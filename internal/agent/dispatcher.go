@@ -61,6 +61,12 @@ func (d *dispatcher) deliver(delta kube.Delta) {
 	d.events.Apply(delta)
 	d.nodeState.existenceUnknown.Store(delta.NodeUnknown)
 	result := d.pipeline.Track(delta)
+	if d.synced { // before distribute, which may program the changes
+		for t := range result.Triggers() {
+			d.metrics.RecordTrigger(t.Service.Namespace, t.Service.Name, t.At)
+			d.history.RecordTrigger(t.Service.Namespace, t.Service.Name, t.At)
+		}
+	}
 	d.distribute(result)
 	for _, name := range delta.DeletedServices {
 		d.metrics.RemoveService(name.Namespace, name.Name)
@@ -69,11 +75,6 @@ func (d *dispatcher) deliver(delta kube.Delta) {
 		d.synced = true
 		d.pipeline.Syncer.FinishInitialList()
 		d.nodeState.logExistence()
-	} else {
-		for t := range result.Triggers() {
-			d.metrics.RecordTrigger(t.Service.Namespace, t.Service.Name, t.At)
-			d.history.RecordTrigger(t.Service.Namespace, t.Service.Name, t.At)
-		}
 	}
 	if d.dns != nil {
 		d.dns.Apply(delta)

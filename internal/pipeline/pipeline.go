@@ -42,6 +42,8 @@ type Pipeline struct {
 
 	tracker *kube.Tracker
 	target  Target
+	// update passes changed Services to the target.
+	update func(map[dataplane.Key]*dataplane.Service)
 	// node is the last Node from the tracker, nil before the first. Pipeline adds isAhead to it.
 	node    *dataplane.Node
 	isAhead bool
@@ -53,14 +55,14 @@ func New(dp dataplane.Dataplane, o Options) *Pipeline {
 		Logger: o.Logger, OnCommit: o.OnCommit, ResyncPeriod: o.ResyncPeriod, Prioritize: kube.IsPriority,
 	})
 	p := NewWithTarget(syncer, o.Tracker)
-	p.Syncer = syncer
+	p.Syncer, p.update = syncer, syncer.UpdateInline
 	return p
 }
 
 // NewWithTarget returns a Pipeline that passes the desired state to target and programs
 // nothing.
 func NewWithTarget(target Target, o kube.Options) *Pipeline {
-	return &Pipeline{tracker: kube.NewTracker(o), target: target}
+	return &Pipeline{tracker: kube.NewTracker(o), target: target, update: target.Update}
 }
 
 // Tracker returns the tracker. Callers must not change it.
@@ -83,14 +85,15 @@ func (p *Pipeline) Configure(o kube.Options) kube.Result { return p.tracker.Conf
 // Services yields the state of all Services and visits each of them.
 func (p *Pipeline) Services() iter.Seq[kube.ServiceState] { return p.tracker.All() }
 
-// Program passes a Result to the syncer or target. It does not wait for the kernel.
+// Program passes a Result to the syncer or target. It programs a small change before it returns,
+// see [sync.Syncer.UpdateInline], and does not wait for the kernel otherwise.
 func (p *Pipeline) Program(result kube.Result) {
 	if result.Node != nil {
 		node := *result.Node
 		p.node = &node
 		p.setNode()
 	}
-	p.target.Update(result.Changes)
+	p.update(result.Changes)
 }
 
 // SetAheadOfOthers sets [dataplane.Node.AheadOfOthers] in the current Node and in all later ones.
