@@ -88,10 +88,9 @@ func (s *Syncer) Update(changes map[dataplane.Key]*dataplane.Service) {
 }
 
 // UpdateInline is like Update, but makes the dataplane call itself if the call is small and Run is
-// idle. This saves two changes of goroutines, which take longer than the call. UpdateInline leaves
-// calls to Run for a second after a call took long, so it blocks the caller for a few milliseconds
-// at most, except for the first slow call. It must not be called while the caller holds a lock that
-// [Options.OnCommit] needs.
+// idle. This saves two changes of goroutines, which take longer than the call. After a call that
+// took long, UpdateInline leaves calls to Run for a while, so it rarely blocks for long. It must not
+// be called while the caller holds a lock that [Options.OnCommit] needs.
 func (s *Syncer) UpdateInline(changes map[dataplane.Key]*dataplane.Service) {
 	if s.addChanges(changes) && (len(changes) > inlineWeight || !s.tryStep()) {
 		s.wakeRun()
@@ -134,8 +133,8 @@ const (
 	inlineWeight = 256
 	// slowCall is the duration of a call after which UpdateInline makes no calls for
 	// inlinePause. Another program may block the kernel's lock.
-	slowCall    = 5 * time.Millisecond
-	inlinePause = time.Second
+	slowCall    = 20 * time.Millisecond
+	inlinePause = 200 * time.Millisecond
 )
 
 // tryStep makes the dataplane call that is due, unless Run must make it. It reports whether Run

@@ -156,7 +156,10 @@ func TestNode(t *testing.T) {
 	ns := createNamespace(t, client)
 	r := startSource(t, ns, apiserver.Options{NodeName: ns})
 	r.waitFor(t, "first Delta", hasFirstDelta)
-	if d := r.deltas[0]; d.Node != nil || d.NodeDeleted {
+	r.mu.Lock()
+	d := r.deltas[0]
+	r.mu.Unlock()
+	if d.Node != nil || d.NodeDeleted {
 		t.Errorf("first Delta has Node %v, deleted %v, want neither", d.Node, d.NodeDeleted)
 	}
 	nodes, ctx := client.CoreV1().Nodes(), t.Context()

@@ -115,6 +115,18 @@ func (q *deltaQueue) missingLists() []resource {
 	return missing
 }
 
+// size returns the number of pending changes.
+func (q *deltaQueue) size() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.sizeLocked()
+}
+
+// sizeLocked returns the number of pending changes. The caller holds mu.
+func (q *deltaQueue) sizeLocked() int {
+	return len(q.services) + len(q.endpointSlices) + len(q.nodes) + len(q.serviceCIDRs)
+}
+
 // pop removes and returns the coalesced changes. It reports false if nothing has changed or
 // a list is missing.
 func (q *deltaQueue) pop() (kube.Delta, bool) {
@@ -124,7 +136,7 @@ func (q *deltaQueue) pop() (kube.Delta, bool) {
 		return kube.Delta{}, false
 	}
 	nodeKnown := q.nodeUnknown && q.synced[nodes]
-	if q.popped && !nodeKnown && len(q.services)+len(q.endpointSlices)+len(q.nodes)+len(q.serviceCIDRs) == 0 {
+	if q.popped && !nodeKnown && q.sizeLocked() == 0 {
 		return kube.Delta{}, false
 	}
 	q.popped = true

@@ -164,7 +164,7 @@ func NewEvents(opts EventOptions) (*Events, error) {
 		return nil, err
 	}
 	return &Events{
-		client:   clients[group],
+		client:   clients[group].RESTClient,
 		log:      log,
 		nodeName: opts.NodeName,
 		// Until the Node object is known, its name is used as the UID, as a kubelet does.

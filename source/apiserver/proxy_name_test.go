@@ -72,6 +72,7 @@ func TestServiceProxyName(t *testing.T) {
 
 	var responses responseRecorder
 	config := rest.CopyConfig(cluster.Config())
+	config.DisableCompression = true // makes the responses readable
 	config.Wrap(responses.wrap)
 	r := startSource(t, ns, apiserver.Options{Config: config, ServiceProxyName: "try"})
 	r.waitFor(t, "the first Service", func(r *receiver) bool { return r.services["own-1"] != nil && r.slices["own-1"] != nil })

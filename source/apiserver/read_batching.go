@@ -5,17 +5,20 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"golang.org/x/time/rate"
 	"k8s.io/client-go/rest"
 )
 
 const (
-	// readBurst is the number of reads that may follow each other without a pause.
-	readBurst = 10
+	// changeBurst is the number of changes that may follow each other without a pause.
+	changeBurst = 10
+	// batchedChanges is the average number of changes in a period from which reads pause. A pause
+	// takes as much processor time as a wakeup, so it saves nothing for fewer changes.
+	batchedChanges = 2
 	// batchBytes is the number of buffered bytes that ends a pause, so that bulk data is
 	// not delayed.
 	batchBytes = 64 << 10
@@ -24,27 +27,49 @@ const (
 // dialFunc is the type of [rest.Config]'s Dial.
 type dialFunc func(ctx context.Context, network, address string) (net.Conn, error)
 
-// readBatcher limits reads of a connection to one per period on average. Each wakeup of the
-// process for a change costs more CPU time than the change itself; one wakeup reads all
-// data that arrived during a pause.
+// readBatcher makes reads pause for a period while changes are frequent. Each wakeup of the process
+// for a change costs more CPU time than the change itself; one wakeup reads all data that arrived
+// during a pause.
 type readBatcher struct {
 	period time.Duration
 	// watchingOnly reports whether no list is being read. Only then are reads batched.
 	watchingOnly func() bool
+	// changes returns the number of changes received so far.
+	changes func() uint64
 	// afterFunc calls a function after a delay. If stop returns true, it has prevented the
 	// call.
 	afterFunc func(time.Duration, func()) (stop func() bool)
+
+	mu sync.Mutex
+	// credit is the number of changes that may still arrive without a pause: at countedAt, and
+	// after counted changes. It grows by batchedChanges in each period.
+	credit    float64
+	counted   uint64
+	countedAt time.Time
 }
 
-func newReadBatcher(period time.Duration, watchingOnly func() bool) readBatcher {
-	return readBatcher{period: period, watchingOnly: watchingOnly, afterFunc: func(d time.Duration, f func()) func() bool {
-		return time.AfterFunc(d, f).Stop
-	}}
+func newReadBatcher(period time.Duration, watchingOnly func() bool, changes func() uint64) *readBatcher {
+	return &readBatcher{
+		period: period, watchingOnly: watchingOnly, changes: changes, credit: changeBurst,
+		afterFunc: func(d time.Duration, f func()) func() bool { return time.AfterFunc(d, f).Stop },
+	}
+}
+
+// shouldPause reports whether the next read should pause.
+func (p *readBatcher) shouldPause(now time.Time) bool {
+	changes := p.changes()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.credit += batchedChanges * float64(now.Sub(p.countedAt)) / float64(p.period)
+	p.credit = min(p.credit, changeBurst) - float64(changes-p.counted)
+	p.credit = max(p.credit, -changeBurst) // soon after frequent changes, single ones do not wait
+	p.counted, p.countedAt = changes, now
+	return p.credit < 0
 }
 
 // wrapConfig returns a configuration whose TCP connections are batched. It returns config
 // itself if the period is not positive.
-func (p readBatcher) wrapConfig(config *rest.Config) *rest.Config {
+func (p *readBatcher) wrapConfig(config *rest.Config) *rest.Config {
 	if p.period <= 0 {
 		return config
 	}
@@ -64,7 +89,7 @@ func baseDial(config *rest.Config) dialFunc {
 }
 
 // wrapDial returns a dialFunc that batches reads of next's TCP connections.
-func (p readBatcher) wrapDial(next dialFunc) dialFunc {
+func (p *readBatcher) wrapDial(next dialFunc) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := next(ctx, network, address)
 		if err != nil {
@@ -78,7 +103,7 @@ func (p readBatcher) wrapDial(next dialFunc) dialFunc {
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("get socket of connection to %s: %w", address, err), conn.Close())
 		}
-		return &batchedConn{Conn: conn, batcher: p, socket: socket, limiter: rate.NewLimiter(rate.Every(p.period), readBurst)}, nil
+		return &batchedConn{Conn: conn, batcher: p, socket: socket}, nil
 	}
 }
 
@@ -87,44 +112,37 @@ func (p readBatcher) wrapDial(next dialFunc) dialFunc {
 type batchedConn struct {
 	net.Conn
 
-	batcher readBatcher
+	batcher *readBatcher
 	socket  syscall.RawConn
-	limiter *rate.Limiter
 	drained bool
 }
 
 // Read implements [net.Conn].
 func (c *batchedConn) Read(b []byte) (int, error) {
-	if c.drained && c.batcher.watchingOnly() {
-		reservation := c.limiter.Reserve()
-		if delay := reservation.Delay(); delay > 0 && !c.waitForBatch(delay) {
-			reservation.Cancel()
-		}
+	if c.drained && c.batcher.watchingOnly() && c.batcher.shouldPause(time.Now()) {
+		c.waitForBatch()
 	}
 	n, err := c.Conn.Read(b)
 	c.drained = n < len(b)
 	return n, err
 }
 
-// waitForBatch waits until the socket is readable after the delay, or earlier if it has
-// batchBytes of data, the connection ends or its read deadline passes. It reports whether
-// the delay has passed. During the delay the socket's low-water mark (SO_RCVLOWAT) is high,
-// so that arriving data does not wake the process.
-func (c *batchedConn) waitForBatch(delay time.Duration) bool {
+// waitForBatch waits until the socket is readable after a period, or earlier if it has batchBytes
+// of data, the connection ends or its read deadline passes. Meanwhile, the socket's low-water mark
+// (SO_RCVLOWAT) is high, so that arriving data does not wake the process.
+func (c *batchedConn) waitForBatch() {
 	if err := c.setLowWaterMark(batchBytes); err != nil {
-		return true
+		return
 	}
 	// Lowering the mark wakes the reader if there is data. It fails only if the socket is closed.
 	lower := func() { _ = c.setLowWaterMark(1) }
-	stop := c.batcher.afterFunc(delay, lower)
+	stop := c.batcher.afterFunc(c.batcher.period, lower)
 	// An error means that the connection is closed or its deadline has passed. Read
 	// returns the same error.
 	_ = c.socket.Read(readable)
-	if !stop() {
-		return true
+	if stop() {
+		lower()
 	}
-	lower()
-	return false
 }
 
 // setLowWaterMark sets the number of bytes that makes the socket readable.

@@ -27,9 +27,10 @@ const longPeriod = time.Hour
 
 // manualBatcher is a readBatcher whose pauses the test ends.
 type manualBatcher struct {
-	readBatcher
+	*readBatcher
 
-	listing atomic.Bool // makes watchingOnly return false
+	received atomic.Uint64 // the number of changes
+	listing  atomic.Bool   // makes watchingOnly return false
 	// pauses receives a function for each pause, which ends it.
 	pauses chan func()
 
@@ -40,7 +41,7 @@ type manualBatcher struct {
 
 func newPaces(period time.Duration) *manualBatcher {
 	p := &manualBatcher{pauses: make(chan func(), 1000)}
-	p.readBatcher = newReadBatcher(period, func() bool { return !p.listing.Load() })
+	p.readBatcher = newReadBatcher(period, func() bool { return !p.listing.Load() }, p.received.Load)
 	p.afterFunc = func(d time.Duration, f func()) func() bool {
 		var once sync.Once
 		p.mu.Lock()
@@ -119,19 +120,20 @@ func readAsync(conn net.Conn, size int) <-chan readResult {
 	return done
 }
 
-// useUpBurst makes as many reads as are possible without a pause. The very first read does
-// not count, because no earlier read has emptied the socket.
-func useUpBurst(t *testing.T, conn, peer net.Conn) {
+// useUpBurst receives as many changes as are possible without a pause.
+func (p *manualBatcher) useUpBurst(t *testing.T, conn, peer net.Conn) {
 	t.Helper()
-	exchange(t, conn, peer, 1+readBurst)
+	p.exchange(t, conn, peer, changeBurst)
+	p.received.Add(1)
 }
 
-// exchange sends and reads one byte several times.
-func exchange(t *testing.T, conn, peer net.Conn, times int) {
+// exchange sends and reads several changes of one byte.
+func (p *manualBatcher) exchange(t *testing.T, conn, peer net.Conn, times int) {
 	t.Helper()
 	for range times {
 		send(t, peer, "x")
 		receive(t, conn, "x")
+		p.received.Add(1)
 	}
 }
 
@@ -166,9 +168,53 @@ func TestReadBurstWithoutPause(t *testing.T) {
 	t.Parallel()
 	p := newPaces(longPeriod)
 	conn, peer := p.connect(t)
-	useUpBurst(t, conn, peer)
+	p.useUpBurst(t, conn, peer)
 	if n, _ := p.countPauses(); n != 0 {
 		t.Errorf("%d pauses, want none", n)
+	}
+}
+
+// TestShouldPause checks that reads pause only while at least two changes arrive in a period.
+func TestShouldPause(t *testing.T) {
+	t.Parallel()
+	const period = 10 * time.Millisecond
+	type phase struct {
+		every     time.Duration // between two changes
+		changes   int
+		minPauses int
+		maxPauses int
+	}
+	for _, tt := range []struct {
+		name   string
+		phases []phase
+	}{
+		{"rare changes", []phase{{time.Second, 100, 0, 0}}},
+		{"just below two in a period", []phase{{5100 * time.Microsecond, 1000, 0, 0}}},
+		{"just above two in a period", []phase{{4900 * time.Microsecond, 2000, 100, 2000}}},
+		{"bursts", []phase{{0, changeBurst, 0, 0}, {time.Second, 1, 0, 0}, {0, changeBurst - 1, 0, 0}}},
+		{"a long burst", []phase{{0, changeBurst, 0, 0}, {0, 5, 5, 5}}},
+		{"frequent changes", []phase{{time.Millisecond, 20, 0, 20}, {time.Millisecond, 1000, 1000, 1000}}},
+		{"rare changes after frequent ones", []phase{{time.Millisecond, 1000, 900, 1000}, {50 * time.Millisecond, 2, 0, 1}, {50 * time.Millisecond, 100, 0, 0}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var changes atomic.Uint64
+			p := newReadBatcher(period, nil, changes.Load)
+			now := time.Now()
+			for i, phase := range tt.phases {
+				pauses := 0
+				for range phase.changes {
+					now = now.Add(phase.every)
+					changes.Add(1)
+					if p.shouldPause(now) {
+						pauses++
+					}
+				}
+				if pauses < phase.minPauses || pauses > phase.maxPauses {
+					t.Errorf("phase %d: %d pauses, want %d to %d", i, pauses, phase.minPauses, phase.maxPauses)
+				}
+			}
+		})
 	}
 }
 
@@ -178,7 +224,7 @@ func TestReadBatch(t *testing.T) {
 	t.Parallel()
 	p := newPaces(longPeriod)
 	conn, peer := p.connect(t)
-	useUpBurst(t, conn, peer)
+	p.useUpBurst(t, conn, peer)
 
 	done := readAsync(conn, 1024)
 	end := <-p.pauses
@@ -246,7 +292,7 @@ func TestPauseEndsEarly(t *testing.T) {
 			t.Parallel()
 			p := newPaces(longPeriod)
 			conn, peer := p.connect(t)
-			useUpBurst(t, conn, peer)
+			p.useUpBurst(t, conn, peer)
 			done := readAsync(conn, 2*batchBytes)
 			end := <-p.pauses
 			if err := tt.end(conn, peer); err != nil {
@@ -271,7 +317,7 @@ func TestBulkReadIsNotDelayed(t *testing.T) {
 	t.Parallel()
 	p := newPaces(longPeriod)
 	conn, peer := p.connect(t)
-	useUpBurst(t, conn, peer)
+	p.useUpBurst(t, conn, peer)
 	want := randomBytes(64 * batchBytes)
 	go func() {
 		_, _ = peer.Write(want) // missing data fails the test below
@@ -294,7 +340,7 @@ func TestBatchedReadsAreComplete(t *testing.T) {
 		t.Run(period.String(), func(t *testing.T) {
 			t.Parallel()
 			p := newPaces(period)
-			p.readBatcher = newReadBatcher(period, p.watchingOnly) // use the real clock
+			p.readBatcher = newReadBatcher(period, p.watchingOnly, p.received.Load) // use the real clock
 			conn, peer := p.connect(t)
 			want := randomBytes(16 * batchBytes)
 			go func() {
@@ -317,6 +363,7 @@ func TestBatchedReadsAreComplete(t *testing.T) {
 			for b := make([]byte, 1<<14); ; {
 				n, err := conn.Read(b[:1+rand.IntN(len(b))])
 				got = append(got, b[:n]...)
+				p.received.Add(uint64(rand.IntN(10)))
 				if errors.Is(err, io.EOF) {
 					break
 				}
@@ -346,15 +393,20 @@ func TestNoBatchingWhileListing(t *testing.T) {
 	p := newPaces(longPeriod)
 	p.listing.Store(true)
 	conn, peer := p.connect(t)
-	exchange(t, conn, peer, 10*readBurst)
+	p.exchange(t, conn, peer, 1)
+	for range 10 * changeBurst { // objects of a list are no changes
+		send(t, peer, "x")
+		receive(t, conn, "x")
+	}
 	if n, _ := p.countPauses(); n != 0 {
 		t.Errorf("%d pauses, want none", n)
 	}
 	p.listing.Store(false)
-	exchange(t, conn, peer, readBurst) // earlier reads do not count
+	p.exchange(t, conn, peer, changeBurst-1)
 	if n, _ := p.countPauses(); n != 0 {
 		t.Errorf("%d pauses in the first burst, want none", n)
 	}
+	p.received.Add(1)
 	readAsync(conn, 1)
 	<-p.pauses
 }
@@ -428,7 +480,7 @@ func TestBatchedConnections(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			given := &rest.Config{Dial: tt.dial}
-			config := newReadBatcher(longPeriod, func() bool { return true }).wrapConfig(given)
+			config := newReadBatcher(longPeriod, func() bool { return true }, nil).wrapConfig(given)
 			if tt.dial == nil && given.Dial != nil {
 				t.Error("the caller's configuration was modified")
 			}
@@ -446,7 +498,7 @@ func TestBatchedConnections(t *testing.T) {
 		})
 	}
 	given := &rest.Config{}
-	if config := newReadBatcher(0, nil).wrapConfig(given); config != given || config.Dial != nil {
+	if config := newReadBatcher(0, nil, nil).wrapConfig(given); config != given || config.Dial != nil {
 		t.Error("a zero period changes the configuration")
 	}
 }

@@ -80,7 +80,14 @@ func (s *selection) addSelectors(res resource, opts *metav1.ListOptions) {
 
 // clients holds a REST client for each API group. A clientset would keep the types of all
 // Kubernetes APIs in memory.
-type clients map[schema.GroupVersion]*rest.RESTClient
+type clients map[schema.GroupVersion]*client
+
+// client is a REST client with the serializer of its objects.
+type client struct {
+	*rest.RESTClient
+
+	serializer runtime.NegotiatedSerializer
+}
 
 // newClients returns clients for the groups. They share a transport and a rate limiter.
 func newClients(config *rest.Config, version string, groups ...schema.GroupVersion) (clients, error) {
@@ -127,11 +134,11 @@ func newClients(config *rest.Config, version string, groups ...schema.GroupVersi
 			config.APIPath = "/api"
 		}
 		config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-		client, err := rest.RESTClientForConfigAndClient(config, http)
+		restClient, err := rest.RESTClientForConfigAndClient(config, http)
 		if err != nil {
 			return nil, fmt.Errorf("create API server client: %w", err)
 		}
-		out[group] = client
+		out[group] = &client{RESTClient: restClient, serializer: config.NegotiatedSerializer}
 	}
 	return out, nil
 }

@@ -47,10 +47,9 @@ type Options struct {
 	ServiceProxyName string
 	// Version is the program's version for the user agent. It may be empty.
 	Version string
-	// BatchPeriod is the average minimum interval between two reads of a connection while
-	// the Source watches. It delays a change by at most one period, and not at all while
-	// changes are rare: ten reads may follow each other without a pause. Lists are never
-	// delayed. Zero reads each change as it arrives.
+	// BatchPeriod is the time between two reads of a connection while the Source watches and
+	// changes are frequent: at least two in a period on average, and more than ten. It delays a
+	// change by at most one period. Lists are never delayed. Zero reads each change as it arrives.
 	BatchPeriod time.Duration
 	// MassRemovalDelay is how long the Source holds removals if a list lacks more than half
 	// of the Services or EndpointSlices that were known before. It then lists again. Zero
@@ -88,6 +87,16 @@ type Source struct {
 	inFlight   requestTracker
 	reflectors []*resourceReflector
 	conns      *connrotation.ConnectionTracker
+	// changes is the number of changes of Services and EndpointSlices that watches have received.
+	changes *atomic.Uint64
+	// uncompressed means that the client's configuration disables compression.
+	uncompressed bool
+
+	// delivering is held by the goroutine that calls receive, the function of Run.
+	delivering sync.Mutex
+	receive    func(kube.Delta) // nil while Run does not run
+	// handOverUntil is the time before which only Run delivers, because a delivery took long.
+	handOverUntil time.Time
 }
 
 // New returns a Source. It starts nothing and sends no requests. It returns an error if the
@@ -99,7 +108,8 @@ func New(opts Options) (*Source, error) {
 	}
 	queue := newDeltaQueue()
 	conns := connrotation.NewConnectionTracker()
-	config := trackConnections(newReadBatcher(opts.BatchPeriod, queue.watchingOnly).wrapConfig(opts.Config), conns)
+	changes := &atomic.Uint64{}
+	config := trackConnections(newReadBatcher(opts.BatchPeriod, queue.watchingOnly, changes.Load).wrapConfig(opts.Config), conns)
 	clients, err := newClients(config, opts.Version, services.groupVersion(), endpointSlices.groupVersion(), serviceCIDRs.groupVersion())
 	if err != nil {
 		return nil, err
@@ -112,6 +122,9 @@ func New(opts Options) (*Source, error) {
 		queue:      queue,
 		connection: newConnectionState(log, describeCredentials(opts.Config)),
 		conns:      conns,
+		changes:    changes,
+
+		uncompressed: opts.Config.DisableCompression,
 	}
 	s.trimmer.keepsAll = opts.KeepAllFields
 	s.reflectors = s.newReflectors(opts)
@@ -130,8 +143,11 @@ func trackConnections(config *rest.Config, conns *connrotation.ConnectionTracker
 func (s *Source) closeConnections() { s.conns.CloseAll() }
 
 // Run delivers all objects and then each change. It blocks until ctx is done and then
-// returns nil; it retries all errors of the API server. Run calls deliver synchronously,
-// one call at a time. Run must be called only once.
+// returns nil; it retries all errors of the API server. Run must be called only once.
+//
+// Calls of deliver do not overlap, and none is active after Run has returned. They come from
+// several goroutines: the goroutine that receives a single change delivers it, because a hand-over
+// takes longer than the change. Meanwhile it receives no further changes of the same resource.
 //
 // The first Delta is delivered when the lists of Services and EndpointSlices are complete.
 // It waits some seconds longer for the Node with the configured name and for ServiceCIDRs;
@@ -145,6 +161,8 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 		goroutines.Wait()
 		s.inFlight.closeAndWait()
 	}()
+	s.setReceiver(deliver)
+	defer s.setReceiver(nil)
 	for _, r := range s.reflectors {
 		goroutines.Go(func() { r.follow(ctx) })
 	}
@@ -163,13 +181,66 @@ func (s *Source) Run(ctx context.Context, deliver func(kube.Delta)) error {
 		case <-optional.C:
 			s.skipLateLists(ctx, optional)
 		case <-s.queue.wake:
-			if d, ok := s.queue.pop(); ok {
-				deliver(d)
+			if s.deliverAll() {
 				s.synced.Store(true)
 			} else if missing := s.queue.missingLists(); len(missing) > 0 {
 				optional.start(missing)
 			}
 		}
+	}
+}
+
+// setReceiver sets the function that receives the changes. It waits until no call of the previous
+// one is active.
+func (s *Source) setReceiver(receive func(kube.Delta)) {
+	s.delivering.Lock()
+	defer s.delivering.Unlock()
+	s.receive = receive
+}
+
+// deliverAll delivers the pending changes. It reports false if there are none, or a list is
+// missing.
+func (s *Source) deliverAll() bool {
+	s.delivering.Lock()
+	defer s.delivering.Unlock()
+	d, ok := s.queue.pop()
+	if ok {
+		s.receive(d)
+	}
+	return ok
+}
+
+const (
+	// slowDelivery is the duration of a delivery after which reflectors hand over their changes to
+	// Run for handOverPeriod.
+	slowDelivery   = 20 * time.Millisecond
+	handOverPeriod = 200 * time.Millisecond
+)
+
+// maxDirectChanges is the largest number of changes that a reflector delivers. While more are
+// delivered, the reflector should receive further ones.
+const maxDirectChanges = 64
+
+// deliverChanges delivers the changes that a reflector has stored. It hands over to Run if they are
+// many, if another delivery is active, or if deliveries take long.
+func (s *Source) deliverChanges() {
+	if !s.synced.Load() || !s.delivering.TryLock() {
+		s.queue.signal()
+		return
+	}
+	defer s.delivering.Unlock()
+	start := time.Now()
+	if s.receive == nil || start.Before(s.handOverUntil) || s.queue.size() > maxDirectChanges {
+		s.queue.signal()
+		return
+	}
+	d, ok := s.queue.pop()
+	if !ok {
+		return
+	}
+	s.receive(d)
+	if end := time.Now(); end.Sub(start) > slowDelivery {
+		s.handOverUntil = end.Add(handOverPeriod)
 	}
 }
 
@@ -213,6 +284,9 @@ type resourceReflector struct {
 	source       *Source
 	progress     *progress
 	hold         *removalHold // nil for kinds whose removals are not held
+	// changed means that the store has undelivered changes of a watch. The reflector's goroutine
+	// uses it.
+	changed bool
 	// relistRequests holds one element when the resource must be listed again.
 	relistRequests chan struct{}
 	// onDenied, if not nil, is called when the server does not serve the resource or does
@@ -238,6 +312,21 @@ func (s *Source) newReflector(res resource, expectedType runtime.Object, newList
 	return r
 }
 
+// noteChange is called when the reflector has stored a change.
+func (r *resourceReflector) noteChange() {
+	r.changed = true
+	r.source.changes.Add(1)
+}
+
+// deliverChanges delivers the changes that the reflector has stored. The reflector calls it before it
+// waits for further ones.
+func (r *resourceReflector) deliverChanges() {
+	if r.changed {
+		r.changed = false
+		r.source.deliverChanges()
+	}
+}
+
 // enableRemovalHold holds mass removals of the resource, see [Options.MassRemovalDelay].
 func (r *resourceReflector) enableRemovalHold(opts Options) {
 	r.hold = &removalHold{
@@ -254,6 +343,7 @@ func (s *Source) newReflectors(opts Options) []*resourceReflector {
 		func(q *deltaQueue) pendingChanges[*corev1.Service] { return q.services }, s.trimmer.trimService, unconverted, nil)
 	serviceStore.hold, serviceStore.progress = serviceReflector.hold, serviceReflector.progress
 	serviceStore.serviceName = func(svc *corev1.Service) (types.NamespacedName, bool) { return namespacedName(svc), true }
+	serviceStore.onChange = serviceReflector.noteChange
 	serviceReflector.store = serviceStore
 
 	convertSlice := func(slice *discoveryv1.EndpointSlice) deliveredSlice { return deliveredSlice{object: slice} }
@@ -268,6 +358,7 @@ func (s *Source) newReflectors(opts Options) []*resourceReflector {
 		func(q *deltaQueue) pendingChanges[deliveredSlice] { return q.endpointSlices }, s.trimmer.trimEndpointSlice, convertSlice, nil)
 	sliceStore.hold, sliceStore.progress = sliceReflector.hold, sliceReflector.progress
 	sliceStore.serviceName = serviceNameOfSlice
+	sliceStore.onChange = sliceReflector.noteChange
 	sliceReflector.store = sliceStore
 
 	nodeReflector := s.newReflector(nodes, &corev1.Node{}, func() runtime.Object { return &corev1.NodeList{} })

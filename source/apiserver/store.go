@@ -40,6 +40,8 @@ type store[T protobufObject, P any] struct {
 	serviceName func(T) (types.NamespacedName, bool)
 	// progress, if not nil, counts events.
 	progress *progress
+	// onChange is called after a change outside of a list.
+	onChange func()
 
 	fingerprints map[types.NamespacedName]fingerprint[P]
 	synced       bool // a list has been applied
@@ -79,7 +81,7 @@ func newStore[T protobufObject, P any](
 ) *store[T, P] {
 	return &store[T, P]{
 		resource: res, queue: queue, pending: pending, trim: trim, convert: convert, equal: equal,
-		fingerprints: map[types.NamespacedName]fingerprint[P]{}, seed: maphash.MakeSeed(),
+		fingerprints: map[types.NamespacedName]fingerprint[P]{}, seed: maphash.MakeSeed(), onChange: queue.signal,
 	}
 }
 
@@ -99,13 +101,15 @@ func (s *store[T, P]) put(item any) error {
 	}
 	s.progress.countEvent()
 	r := s.receive(object)
-	s.queue.mu.Lock()
-	defer s.queue.mu.Unlock()
-	if before, known := s.fingerprints[r.name]; known && before.uidHash != r.uidHash && s.hold.active() {
-		return nil // the removal of the object with the previous UID is held
+	if s.change(func() bool {
+		if before, known := s.fingerprints[r.name]; known && before.uidHash != r.uidHash && s.hold.active() {
+			return false // the removal of the object with the previous UID is held
+		}
+		s.upsert(&r)
+		return true
+	}) {
+		s.onChange()
 	}
-	s.upsert(&r)
-	s.queue.signal()
 	return nil
 }
 
@@ -181,16 +185,25 @@ func (s *store[T, P]) Delete(item any) error {
 		return s.errUnexpected(item)
 	}
 	s.progress.countEvent()
+	name := namespacedName(object)
+	if s.change(func() bool {
+		if before, known := s.fingerprints[name]; known && before.uidHash != s.hashUID(object) && s.hold.active() {
+			return false // the removal of the object with the previous UID is held
+		}
+		s.progress.onObjectChange(name, object.GetResourceVersion(), true)
+		s.remove(name)
+		return true
+	}) {
+		s.onChange()
+	}
+	return nil
+}
+
+// change calls f with the queue's lock.
+func (s *store[T, P]) change(f func() bool) bool {
 	s.queue.mu.Lock()
 	defer s.queue.mu.Unlock()
-	name := namespacedName(object)
-	if before, known := s.fingerprints[name]; known && before.uidHash != s.hashUID(object) && s.hold.active() {
-		return nil // the removal of the object with the previous UID is held
-	}
-	s.progress.onObjectChange(name, object.GetResourceVersion(), true)
-	s.remove(name)
-	s.queue.signal()
-	return nil
+	return f()
 }
 
 func (s *store[T, P]) remove(name types.NamespacedName) {

@@ -58,12 +58,15 @@ type cancelingWatch struct {
 	watch.Interface
 
 	cancel context.CancelFunc
+	// onStop is called by Stop.
+	onStop func()
 }
 
-// Stop ends the watch and its request.
+// Stop ends the watch and its request. The reflector calls it.
 func (w cancelingWatch) Stop() {
 	w.cancel()
 	w.Interface.Stop()
+	w.onStop()
 }
 
 // watchdog ends a watch that makes no progress.
@@ -119,9 +122,9 @@ func (r *resourceReflector) watch(ctx context.Context, opts metav1.ListOptions) 
 		defer r.source.inFlight.Done()
 		wd.run(requestCtx)
 	}()
-	stream, err := r.newRequest(&opts).Watch(requestCtx)
+	stream, err := wd.openStream(requestCtx, opts)
 	if r.dropFieldSelector(ctx, err) {
-		stream, err = r.newRequest(&opts).Watch(requestCtx)
+		stream, err = wd.openStream(requestCtx, opts)
 	}
 	if err != nil {
 		if requestCtx.Err() != nil && ctx.Err() == nil {
@@ -137,7 +140,7 @@ func (r *resourceReflector) watch(ctx context.Context, opts metav1.ListOptions) 
 		return nil, err
 	}
 	wd.opened <- stream
-	return cancelingWatch{stream, cancel}, nil
+	return cancelingWatch{stream, cancel, r.deliverChanges}, nil
 }
 
 // run ends the watch when it makes no progress or when a list must replace it. It returns
