@@ -26,7 +26,7 @@ type Syncer struct {
 	waiters  []waiter
 
 	// stepping is held by the goroutine that uses tables: Run, Prepare or UpdateInline.
-	stepping sync.Mutex
+	stepping semaphore
 	tables   tables
 	// runCtx is the context of Run, nil while Run does not run. armedAt is the time for which
 	// Run has set its timer, or zero. stepping protects both.
@@ -64,12 +64,13 @@ var ErrStopped = errors.New("the syncer has stopped")
 func New(dp dataplane.Dataplane, opts Options) *Syncer {
 	opts = opts.withDefaults()
 	return &Syncer{
-		opts:    opts,
-		log:     opts.Logger,
-		wake:    make(chan struct{}, 1),
-		stopped: make(chan struct{}),
-		inbox:   inbox{changes: map[dataplane.Key]input{}, seq: 1},
-		tables:  newTables(dp, opts),
+		opts:     opts,
+		log:      opts.Logger,
+		wake:     make(chan struct{}, 1),
+		stopped:  make(chan struct{}),
+		stepping: make(semaphore, 1),
+		inbox:    inbox{changes: map[dataplane.Key]input{}, seq: 1},
+		tables:   newTables(dp, opts),
 	}
 }
 
@@ -149,6 +150,23 @@ func (s *Syncer) tryStep() bool {
 		return false
 	}
 	return s.step(s.runCtx, inlineWeight) && len(t.queue.entries) == 0 && t.nextReplaceAt().Equal(s.armedAt)
+}
+
+// semaphore is a mutex whose holder may wait for the kernel. Unlike a [sync.Mutex], package synctest
+// knows the goroutines that wait for it.
+type semaphore chan struct{}
+
+func (s semaphore) Lock() { s <- struct{}{} }
+
+func (s semaphore) Unlock() { <-s }
+
+func (s semaphore) TryLock() bool {
+	select {
+	case s <- struct{}{}:
+		return true
+	default:
+		return false
+	}
 }
 
 // SetNode sets the desired Node, which is the zero Node initially. It does not wait for the

@@ -331,6 +331,110 @@ func TestChangesCoalesceDuringCall(t *testing.T) {
 	})
 }
 
+// TestUpdateInline checks which calls UpdateInline makes itself.
+func TestUpdateInline(t *testing.T) {
+	t.Parallel()
+	const large = 300 // endpoints; more than UpdateInline programs
+	for _, tt := range []struct {
+		name string
+		// before changes the state in which UpdateInline is called.
+		before func(*fixture)
+		change *dataplane.Service
+		inline bool
+	}{
+		{"small change", func(*fixture) {}, service(1, 2), true},
+		{"large Service", func(*fixture) {}, service(1, large), false},
+		{"drift", func(fx *fixture) {
+			fx.kernel.Edit(func(state dataplane.State) { clear(state) })
+			synctest.Wait()
+		}, service(1, 2), true},
+		{"failed change", func(fx *fixture) {
+			fx.faulty.Set(fake.Faults{Broken: func(s *dataplane.Service) error {
+				if s.Key == service(2, 0).Key {
+					return errors.New("broken")
+				}
+				return nil
+			}})
+			fx.UpdateInline(upserts(service(2, 2)))
+			fx.faulty.Set(fake.Faults{})
+			synctest.Wait()
+		}, service(1, 2), true},
+		{"just after a slow call", func(fx *fixture) { fx.holdCall(time.Second) }, service(1, 2), false},
+		{"some time after a slow call", func(fx *fixture) {
+			fx.holdCall(time.Second)
+			time.Sleep(time.Second)
+		}, service(1, 2), true},
+		{"after Run", func(fx *fixture) { fx.stop() }, service(1, 2), false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				fx := startSyncer(t, fake.New(fake.Options{PerObject: true}), sync.Options{})
+				defer func() { fx.stop() }()
+				fx.UpdateInline(upserts(service(1, 1), service(2, 1), service(3, 1)))
+				synctest.Wait()
+				if fx.kernel.Counts().Applies+fx.kernel.Counts().Replaces > 0 {
+					t.Error("called the dataplane before the initial list was complete")
+				}
+				fx.FinishInitialList()
+				fx.waitSynced()
+				tt.before(fx)
+				before := fx.kernel.Counts().Applies
+				fx.UpdateInline(upserts(tt.change))
+				if inline := fx.kernel.Counts().Applies > before; inline != tt.inline {
+					t.Errorf("UpdateInline made the call: %t, want %t", inline, tt.inline)
+				}
+				if tt.name == "after Run" {
+					fx.stop = func() {}
+					return
+				}
+				fx.waitSynced()
+				time.Sleep(2 * sync.DefaultRetryMax) // repairs and retries have ended
+				two := service(2, 1)
+				if tt.name == "failed change" {
+					two = service(2, 2)
+				}
+				fx.checkKernel(tt.change, two, service(3, 1))
+			})
+		})
+	}
+}
+
+// holdCall makes a call that takes the duration d.
+func (fx *fixture) holdCall(d time.Duration) {
+	fx.t.Helper()
+	release := fx.faulty.Hold()
+	time.AfterFunc(d, release)
+	fx.UpdateInline(upserts(service(3, 2)))
+	fx.UpdateInline(upserts(service(3, 1)))
+	fx.waitSynced()
+}
+
+// TestUpdateInlineDuringCall checks that UpdateInline does not wait for a call that another goroutine
+// makes.
+func TestUpdateInlineDuringCall(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		fx := startSyncer(t, fake.New(fake.Options{Strict: true}), sync.Options{})
+		defer fx.stop()
+		fx.Update(upserts(service(1, 1), service(2, 1)))
+		fx.FinishInitialList()
+		fx.waitSynced()
+		release := fx.faulty.Hold()
+		fx.Update(upserts(service(1, 2)))
+		synctest.Wait()
+		begin := time.Now()
+		fx.UpdateInline(upserts(service(2, 2)))
+		fx.UpdateInline(upserts(service(2, 3)))
+		if waited := time.Since(begin); waited > 0 {
+			t.Errorf("UpdateInline waited for %s", waited)
+		}
+		release()
+		fx.checkCommits(fx.waitSynced(), "apply(change) 1; apply(change) 1")
+		fx.checkKernel(service(1, 2), service(2, 3))
+	})
+}
+
 // Undoing a change that is in flight takes a second call.
 func TestChangeUndoneDuringCall(t *testing.T) {
 	t.Parallel()
@@ -1051,6 +1155,7 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 	fx := startSyncer(t, fake.New(opts), sync.Options{})
 	defer fx.stop()
 	fx.faulty.Set(faults)
+	inline := seed%2 == 1
 
 	const n = 6
 	owner := [n]int{0, 1, 2, 3, 4, 5} // of each frontend; n for no owner
@@ -1082,7 +1187,11 @@ func randomHistory(t *testing.T, seed uint64, opts fake.Options, faults fake.Fau
 				desired[k] = s
 			}
 		}
-		fx.Update(changes)
+		if inline {
+			fx.UpdateInline(changes)
+		} else {
+			fx.Update(changes)
+		}
 		if round == 3 {
 			fx.FinishInitialList()
 		}
