@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"fairlead.io/fairlead/internal/flowoffload"
 	"fairlead.io/fairlead/internal/nettest"
@@ -27,10 +28,13 @@ const flowOffloadSuffix = "-flow-offload"
 type Fairlead struct {
 	// Binary is the path of the program.
 	Binary string
-	// Mode is the value of --mode and, without FlowOffload, the name of the System.
+	// Mode is the value of --mode and, without the options below, the name of the System.
 	Mode string
 	// FlowOffload sets --flow-offload=software and adds a suffix to the name of the System.
 	FlowOffload bool
+	// BatchPeriod, if not nil, is the value of --batch-period. It adds a suffix to the name of the
+	// System.
+	BatchPeriod *time.Duration
 	// Args are additional arguments.
 	Args []string
 }
@@ -42,10 +46,14 @@ var (
 
 // Name implements [System].
 func (f Fairlead) Name() string {
+	name := f.Mode
 	if f.FlowOffload {
-		return f.Mode + flowOffloadSuffix
+		name += flowOffloadSuffix
 	}
-	return f.Mode
+	if f.BatchPeriod != nil {
+		name += "-batch-" + f.BatchPeriod.String()
+	}
+	return name
 }
 
 // WithFlowOffload returns the same System with flow offload. It reports false for a mode without it.
@@ -75,6 +83,9 @@ func (f Fairlead) Command(env Environment) []string {
 	}
 	if f.FlowOffload {
 		command = append(command, "--flow-offload=software")
+	}
+	if f.BatchPeriod != nil {
+		command = append(command, "--batch-period="+f.BatchPeriod.String())
 	}
 	return append(command, f.Args...)
 }

@@ -26,6 +26,7 @@ type compareFlags struct {
 	kubeProxy     string
 	kubeProxyArgs []string
 	fairleadArgs  []string
+	batchPeriods  []time.Duration
 	only          []string
 	json          string
 	html, svg     string
@@ -49,6 +50,20 @@ func (f *compareFlags) availableSystems() []system.System {
 	return all
 }
 
+// variants returns the system, or a Fairlead system with each of the batch periods.
+func (f *compareFlags) variants(s system.System) []system.System {
+	fairlead, ok := s.(system.Fairlead)
+	if !ok || len(f.batchPeriods) == 0 {
+		return []system.System{s}
+	}
+	var all []system.System
+	for _, period := range f.batchPeriods {
+		fairlead.BatchPeriod = &period
+		all = append(all, fairlead)
+	}
+	return all
+}
+
 func compareCommand() *cobra.Command {
 	f := &compareFlags{options: compare.DefaultOptions(), fairlead: "bin/fairlead", kubeProxy: ".cache/kube-proxy/kube-proxy"}
 	cmd := &cobra.Command{
@@ -65,7 +80,8 @@ Their results are marked as emulated, and ratios are computed separately. System
 cannot run at all are left out, with the reason in the result.`,
 		Example: `  fairlead-bench compare --json=result.json
   fairlead-bench compare --systems=nft,kube-proxy-nftables --services=1000,10000 --samples=50
-  fairlead-bench compare --only=churn --rates=1000`,
+  fairlead-bench compare --only=churn --rates=1000
+  fairlead-bench compare --only=churn --systems=nft --batch-periods=0s,8ms,50ms`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f.command = append([]string{cmd.CommandPath()}, changedFlags(cmd)...)
@@ -87,6 +103,7 @@ cannot run at all are left out, with the reason in the result.`,
 	flags.StringVar(&f.kubeProxy, "kube-proxy", f.kubeProxy, "path of the kube-proxy binary; \"make kube-proxy\" builds it")
 	flags.StringSliceVar(&f.kubeProxyArgs, "kube-proxy-args", nil, "additional arguments for kube-proxy, such as --nftables-min-sync-period=0s")
 	flags.StringSliceVar(&f.fairleadArgs, "fairlead-args", nil, "additional arguments for fairlead run")
+	flags.DurationSliceVar(&f.batchPeriods, "batch-periods", nil, "values of fairlead's --batch-period to compare with each other (default: only its default)")
 	flags.IntSliceVar(&o.Services, "services", o.Services, "numbers of Services to measure with")
 	flags.IntVar(&o.Endpoints, "endpoints", o.Endpoints, "number of endpoints of each Service")
 	flags.IntVar(&o.Samples, "samples", o.Samples, "number of measurements of each kind of change")
@@ -135,7 +152,7 @@ func runCompare(ctx context.Context, f *compareFlags, stdout, stderr io.Writer) 
 				return fmt.Errorf("--fairlead: %w: build it with `make build`", err)
 			}
 		}
-		o.Systems = append(o.Systems, available[i])
+		o.Systems = append(o.Systems, f.variants(available[i])...)
 	}
 	for _, p := range f.only {
 		o.Parts = append(o.Parts, compare.Part(p))

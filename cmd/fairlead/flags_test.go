@@ -248,7 +248,7 @@ func TestInvalidUsage(t *testing.T) {
 		{
 			"batch period too long",
 			[]string{"run", "--kubeconfig=x", "--batch-period=2s"},
-			"fairlead: --batch-period: \"2s\" is not a duration from 0 to 1s: write it as 50ms, or 0 to read every change at once\n",
+			"fairlead: --batch-period: \"2s\" is not a duration from 0 to 1s: write it as 8ms, or 0 to read every change at once\n",
 		},
 		{
 			"negative give-way time",
@@ -263,12 +263,12 @@ func TestInvalidUsage(t *testing.T) {
 		{
 			"negative batch period",
 			[]string{"run", "--kubeconfig=x", "--batch-period=-1ms"},
-			"fairlead: --batch-period: \"-1ms\" is not a duration from 0 to 1s: write it as 50ms, or 0 to read every change at once\n",
+			"fairlead: --batch-period: \"-1ms\" is not a duration from 0 to 1s: write it as 8ms, or 0 to read every change at once\n",
 		},
 		{
 			"batch period without unit",
 			[]string{"run", "--kubeconfig=x", "--batch-period=50"},
-			"fairlead: --batch-period: \"50\" is not a duration from 0 to 1s: write it as 50ms, or 0 to read every change at once\n",
+			"fairlead: --batch-period: \"50\" is not a duration from 0 to 1s: write it as 8ms, or 0 to read every change at once\n",
 		},
 
 		{

@@ -396,7 +396,7 @@ func (p *parser) setSource(c *Config) {
 		Kubeconfig: p.text("kubeconfig"), Master: p.text("master"), Label: p.label("kubeconfig"),
 		QPS: p.rate("kube-api-qps"), Burst: int(p.integer("kube-api-burst", 0, 1<<31-1)),
 		ContentType: p.values["kube-api-content-type"], AcceptContentTypes: p.values[acceptContentTypes],
-		BatchPeriod:      p.apiDuration(c, "batch-period", maxBatchPeriod, "50ms, or 0 to read every change at once"),
+		BatchPeriod:      p.apiDuration(c, "batch-period", maxBatchPeriod, "8ms, or 0 to read every change at once"),
 		MassRemovalDelay: p.apiDuration(c, "mass-removal-delay", maxMassRemovalDelay, "1m, or 0 to remove Services and endpoints at once"),
 	}
 	exclude := []string{"kubeconfig", "master"}

@@ -51,7 +51,7 @@ func writeConfigFile(t *testing.T, text string) string {
 func defaultConfig() Config {
 	return Config{
 		Mode: backend.NFT, ProxyMode: "nftables", ClusterDomain: "cluster.local", HealthzAddress: "0.0.0.0:10256", MetricsAddress: "127.0.0.1:10249", StatusAddress: "127.0.0.1:10265", LogFormat: "text",
-		API:          APIServer{Label: "--kubeconfig", QPS: 5, Burst: 10, BatchPeriod: 50 * time.Millisecond, MassRemovalDelay: time.Minute},
+		API:          APIServer{Label: "--kubeconfig", QPS: 5, Burst: 10, BatchPeriod: 8 * time.Millisecond, MassRemovalDelay: time.Minute},
 		GiveWayAfter: time.Minute,
 		FlowOffload:  FlowOffload{Threshold: 20},
 		Conntrack: conntracksettings.Settings{

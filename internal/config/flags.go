@@ -115,7 +115,7 @@ func settings() []setting {
 			usage: "content type of requests to the API server",
 		},
 		{
-			name: "batch-period", kind: kindDuration, fairleadOnly: true, defaultValue: "50ms",
+			name: "batch-period", kind: kindDuration, fairleadOnly: true, defaultValue: "8ms",
 			usage: "maximum time to batch a continuous stream of changes from the API server, to save CPU time; isolated " +
 				"changes are processed at once. 0: no batching",
 		},
