@@ -30,13 +30,15 @@
 //     a version that it has not reached yet: it sends nothing and reports no error.
 //   - A failure that lasts is logged repeatedly, at growing intervals.
 //
-// The Source reads rare changes immediately. If changes keep arriving faster than one per
+// The Source reads rare changes immediately. If at least two changes keep arriving in each
 // [Options.BatchPeriod], it reads the changes of each period together, because each wakeup
 // of the process costs more CPU time than the change itself. While the receiver is busy,
 // changes are coalesced by name, so that a burst results in few Deltas.
 //
-//	connection ──► reflector ──► store ──► delta queue ──► deliver
-//	 (batched)     (client-go)  (hashes)  (latest per name)
+//	connection ──► watch stream ──► reflector ──► store ──► delta queue ──► deliver
+//	 (batched)      (decodes)       (client-go)  (hashes)  (latest per name)
+//
+// One goroutine, the reflector's, takes a change from the response to deliver.
 //
 // The Source has no object cache. The store keeps only hashes, to compare later lists with;
 // only the receiver keeps the objects. The Source trims each object to the fields that
