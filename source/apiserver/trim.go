@@ -32,6 +32,7 @@ func keptAnnotations() []string {
 		// The time of the pod or Service change that caused the slice to be written. It
 		// is removed if it is before the start of the program.
 		corev1.EndpointsLastChangeTriggerTime,
+		kube.AnnotationBalancing,
 		kube.AnnotationIPVSScheduler,
 	}
 }

@@ -50,7 +50,7 @@ func decodedService() *corev1.Service {
 	return &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{
 			Name: "web", Namespace: "shop", UID: "u", ResourceVersion: "6", Labels: map[string]string{"app": "web"},
-			Annotations: map[string]string{kube.AnnotationIPVSScheduler: "lc", corev1.AnnotationTopologyMode: "Auto", "x": "y"}, Finalizers: []string{"x"}, Generation: 3,
+			Annotations: map[string]string{kube.AnnotationBalancing: "source-hash", kube.AnnotationIPVSScheduler: "lc", corev1.AnnotationTopologyMode: "Auto", "x": "y"}, Finalizers: []string{"x"}, Generation: 3,
 		},
 		Spec: corev1.ServiceSpec{
 			Type: corev1.ServiceTypeLoadBalancer, ClusterIP: "10.96.0.1", ClusterIPs: []string{"10.96.0.1"}, IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol},
@@ -76,13 +76,26 @@ func decodedNode() *corev1.Node {
 }
 
 // TestTrimPreservesConversion checks that package kube converts trimmed objects to the same
-// result as untrimmed ones.
+// result as untrimmed ones, for each annotation that selects a scheduler.
 func TestTrimPreservesConversion(t *testing.T) {
 	t.Parallel()
+	for name, options := range map[string]kube.Options{
+		kube.AnnotationIPVSScheduler: {Schedulers: []string{"lc"}},
+		kube.AnnotationBalancing:     {Balancing: kube.Balancing{Schedulers: map[string]string{kube.BalanceSourceHash: "sh"}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testTrimPreservesConversion(t, options)
+		})
+	}
+}
+
+func testTrimPreservesConversion(t *testing.T, options kube.Options) {
+	t.Helper()
 	objects := func() kube.Delta {
 		return kube.Delta{Services: []*corev1.Service{decodedService()}, EndpointSlices: []*discoveryv1.EndpointSlice{decodedSlice(5)}, Node: decodedNode()}
 	}
-	options := kube.Options{NodeName: "node-0", Schedulers: []string{"lc"}}
+	options.NodeName = "node-0"
 	want := kube.NewTracker(options).Apply(objects())
 	trimmed, trim := objects(), newTrimmer()
 	trim.trimService(trimmed.Services[0])
@@ -129,7 +142,7 @@ func TestTrim(t *testing.T) {
 	svc, wantService := decodedService(), decodedService()
 	trim.trimService(svc)
 	wantService.Labels, wantService.Finalizers, wantService.Generation, wantService.Spec.Selector, wantService.Status.Conditions = nil, nil, 0, nil, nil
-	wantService.Annotations = map[string]string{kube.AnnotationIPVSScheduler: "lc"}
+	wantService.Annotations = map[string]string{kube.AnnotationBalancing: "source-hash", kube.AnnotationIPVSScheduler: "lc"}
 	if diff := cmp.Diff(wantService, svc); diff != "" {
 		t.Errorf("Service (-want +got):\n%s", diff)
 	}
