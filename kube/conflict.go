@@ -66,7 +66,7 @@ func keyName(key dataplane.Key) types.NamespacedName {
 // problems returns the problems of s.
 func (c *conflicts) problems(s *service) []Problem {
 	problems := make([]Problem, 0, len(c.all))
-	fields := newAddressFields(s.object)
+	fields := newAddressFields(s.object.expand(new(corev1.Service)))
 	for _, conflict := range c.all {
 		p := conflict.problem(s, fields)
 		if conflict.others > 0 {
@@ -80,7 +80,7 @@ func (c *conflicts) problems(s *service) []Problem {
 // problem returns the problem that s does not own the frontend.
 func (c *conflict) problem(s *service, fields addressFields) Problem {
 	ds, f, owner := c.desired, c.frontend, c.owner
-	p := Problem{Service: s.name, UID: s.object.UID, Field: fields.path(ds, f)}
+	p := Problem{Service: s.name, UID: s.object.uid, Field: fields.path(ds, f)}
 	if owner.service == s {
 		p.Message = ownConflictMessage(s, ds, f, owner)
 		if owner.kind == dataplane.ClusterIP && ds.key.Kind == dataplane.ClusterIP {
@@ -112,7 +112,7 @@ func ownConflictMessage(s *service, ds *desiredService, f dataplane.Frontend, ow
 	if owner.port == ds.port {
 		return fmt.Sprintf("%s is the Service's own cluster IP: remove it", f)
 	}
-	name := s.object.Spec.Ports[owner.port].Name
+	name := s.object.portName(owner.port)
 	if ds.key.Kind == dataplane.NodePort {
 		return fmt.Sprintf("node port %d/%s is already used by port %q of this Service: use another node port", f.Addr.Port(), f.Protocol, name)
 	}

@@ -16,9 +16,10 @@ type Delta struct {
 	DeletedServices       []types.NamespacedName
 	EndpointSlices        []*discoveryv1.EndpointSlice
 	DeletedEndpointSlices []types.NamespacedName
-	// ConvertedSlices contains EndpointSlices like EndpointSlices does, in a form that takes less
-	// memory. No name is in both.
-	ConvertedSlices []*ConvertedSlice
+	// ConvertedServices and ConvertedSlices contain objects like Services and EndpointSlices do, in
+	// a form that takes less memory. No name is in both.
+	ConvertedServices []*ConvertedService
+	ConvertedSlices   []*ConvertedSlice
 
 	// Node is this node's object if it is new or has changed. NodeDeleted reports that the object
 	// does not exist. A source without Nodes sets neither.

@@ -173,8 +173,8 @@ func (c *conversion) newUnmatchedPort(p *portFamily) unmatchedPort {
 
 // samePorts reports whether the ports of slices written for one Service are also valid for the
 // other.
-func samePorts(a, b *corev1.Service) bool {
-	return a != nil && b != nil && a.UID == b.UID && slices.EqualFunc(a.Spec.Ports, b.Spec.Ports, func(p, q corev1.ServicePort) bool {
+func samePorts(a, b *ConvertedService) bool {
+	return a != nil && b != nil && a.uid == b.uid && slices.EqualFunc(a.rest.Spec.Ports, b.rest.Spec.Ports, func(p, q corev1.ServicePort) bool {
 		return p.Name == q.Name && p.Protocol == q.Protocol && p.TargetPort == q.TargetPort
 	})
 }

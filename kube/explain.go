@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"fairlead.io/fairlead/dataplane"
@@ -96,11 +97,12 @@ func (t *Tracker) Explain(name types.NamespacedName) Explanation {
 	if !ok {
 		return e
 	}
-	if e.NotServed = whyNotServed(s.object, t.opts.ServiceProxyName); e.NotServed != Served {
+	object := s.object.expand(new(corev1.Service))
+	if e.NotServed = whyNotServed(object, t.opts.ServiceProxyName); e.NotServed != Served {
 		return e
 	}
 	r := newRecorder()
-	desired := convertAndRecord(s.object, s.slices, t.location, t.opts, r)
+	desired := convertAndRecord(object, s.slices, t.location, t.opts, r)
 	e.Problems = s.problems
 	for i := range desired.services {
 		ds := &desired.services[i]

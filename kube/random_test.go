@@ -604,8 +604,21 @@ func (m *clusterModel) expectedNode() dataplane.Node {
 	return n
 }
 
-// runHistory applies random Deltas. After every step it compares the accumulated Results with the
-// model, and the Tracker with a new Tracker that starts with all objects.
+// converted returns a Delta with the same objects in converted form.
+func converted(d Delta, services *ServiceConverter, node string) Delta {
+	for _, svc := range d.Services {
+		d.ConvertedServices = append(d.ConvertedServices, services.Convert(svc))
+	}
+	for _, slice := range d.EndpointSlices {
+		d.ConvertedSlices = append(d.ConvertedSlices, ConvertSlice(slice, node))
+	}
+	d.Services, d.EndpointSlices = nil, nil
+	return d
+}
+
+// runHistory applies random Deltas, every second one in converted form. After every step it compares
+// the accumulated Results with the model, and the Tracker with a new Tracker that starts with all
+// objects.
 func runHistory(t *testing.T, c intNSource, steps int) {
 	t.Helper()
 	m := &clusterModel{
@@ -614,7 +627,7 @@ func runHistory(t *testing.T, c intNSource, steps int) {
 		slices:       map[types.NamespacedName]*discoveryv1.EndpointSlice{},
 		serviceCIDRs: map[string][]string{},
 	}
-	tracker := NewTracker(m.opts)
+	tracker, services := NewTracker(m.opts), NewServiceConverter()
 	got := map[dataplane.Key]*dataplane.Service{}
 	gotChecks := map[types.NamespacedName]HealthCheck{}
 	var gotNode *dataplane.Node
@@ -661,7 +674,11 @@ func runHistory(t *testing.T, c intNSource, steps int) {
 			m.opts.DetectLocal.Mode = pick(c, DetectByClusterCIDR, DetectByNodeCIDR)
 			applyResult(step, tracker.Configure(m.opts))
 		}
-		applyResult(step, tracker.Apply(m.randomDelta(c)))
+		delta := m.randomDelta(c)
+		if step%2 == 1 {
+			delta = converted(delta, services, m.opts.NodeName)
+		}
+		applyResult(step, tracker.Apply(delta))
 		if diff := gocmp.Diff(serviceTexts(m.expectedServices()), serviceTexts(got)); diff != "" {
 			t.Fatalf("step %d: Services (-model +tracker):\n%s", step, diff)
 		}

@@ -33,17 +33,17 @@ func (t *Tracker) resolveAll(dirty []*service, result *Result) {
 	}
 	for _, s := range affected {
 		// Its claims are unchanged, so no other owner changes.
-		t.resolve(s, convert(s.object, s.slices, t.location, t.opts), result)
+		t.resolve(s, convert(s.object.expand(&t.expanded), s.slices, t.location, t.opts), result)
 	}
 	slices.SortFunc(result.Problems, Problem.Compare)
 }
 
 // updateClaims computes the desired state of s and replaces its claims.
 func (t *Tracker) updateClaims(s *service) desiredState {
-	d := convert(s.object, s.slices, t.location, t.opts)
+	d := convert(s.object.expand(&t.expanded), s.slices, t.location, t.opts)
 	created := int64(0)
 	if s.object != nil {
-		created = s.object.CreationTimestamp.Unix()
+		created = s.object.createdUnix
 	}
 	if d.zoneDependent {
 		t.zoneDependent[s] = struct{}{}
@@ -116,7 +116,7 @@ func (t *Tracker) resolve(s *service, d desiredState, result *Result) {
 		svc, err := s.shareLists(ds, i, before).build(frontends, before(ds.key, i))
 		if err != nil {
 			problems = append(problems, Problem{
-				Service: s.name, UID: s.object.UID,
+				Service: s.name, UID: s.object.uid,
 				Field:   elementPath("spec.ports", ds.port, ""),
 				Message: fmt.Sprintf("not served: %v", err),
 			})

@@ -108,12 +108,14 @@ type Tracker struct {
 
 	// round is the number of Deltas processed.
 	round uint64
+	// expanded is memory for the Service that is being converted.
+	expanded corev1.Service
 }
 
 // service is the Tracker's state for the name of a Service: the object, its slices, or both.
 type service struct {
 	name   types.NamespacedName
-	object *corev1.Service
+	object *ConvertedService
 	// slices is sorted by name.
 	slices []*endpointSlice
 
@@ -285,7 +287,7 @@ func (t *Tracker) updateNode(result *Result, markDirty func(*service)) {
 // applyObjects stores the Services and slices of d.
 func (t *Tracker) applyObjects(d Delta, result *Result, markDirty func(*service)) {
 	if len(t.services) == 0 { // the first list
-		n := len(d.Services)
+		n := len(d.Services) + len(d.ConvertedServices)
 		t.services = make(map[types.NamespacedName]*service, n)
 		t.sliceOwners = make(map[types.NamespacedName]*service, len(d.EndpointSlices)+len(d.ConvertedSlices))
 		t.byClusterIP = make(map[netip.Addr][]*service, n)
@@ -301,12 +303,10 @@ func (t *Tracker) applyObjects(d Delta, result *Result, markDirty func(*service)
 		t.removeSlice(name, markDirty)
 	}
 	for _, object := range d.Services {
-		s := t.ensureService(types.NamespacedName{Namespace: object.Namespace, Name: object.Name})
-		if !samePorts(s.object, object) {
-			s.portsChangedRound = t.round
-		}
-		s.object = object
-		markDirty(s)
+		t.applyService(newConvertedService(object), markDirty)
+	}
+	for _, object := range d.ConvertedServices {
+		t.applyService(object, markDirty)
 	}
 	for _, object := range d.EndpointSlices {
 		t.applySlice(ConvertSlice(object, t.opts.NodeName), result, markDirty)
@@ -314,6 +314,16 @@ func (t *Tracker) applyObjects(d Delta, result *Result, markDirty func(*service)
 	for _, slice := range d.ConvertedSlices {
 		t.applySlice(slice, result, markDirty)
 	}
+}
+
+// applyService stores a new or changed Service.
+func (t *Tracker) applyService(object *ConvertedService, markDirty func(*service)) {
+	s := t.ensureService(object.name)
+	if !samePorts(s.object, object) {
+		s.portsChangedRound = t.round
+	}
+	s.object = object
+	markDirty(s)
 }
 
 // applySlice stores a new or changed slice.

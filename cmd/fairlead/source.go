@@ -38,7 +38,7 @@ func openSource(o *agent.Options) error {
 		return fmt.Errorf("create the client for Events: %w", err)
 	}
 	api := apiOptions(c, client, log)
-	api.ConvertSlices = true
+	api.ConvertObjects = true
 	api.BatchPeriod, api.MassRemovalDelay = c.API.BatchPeriod, c.API.MassRemovalDelay
 	api.ProgrammedServices = servedServices(o.Backend, log)
 	api.OnMassRemoval = func(resource string, removed, before int) {

@@ -57,7 +57,8 @@ type dispatcher struct {
 func (d *dispatcher) deliver(delta kube.Delta) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.metrics.RecordObjectChanges(len(delta.Services)+len(delta.DeletedServices), len(delta.EndpointSlices)+len(delta.ConvertedSlices)+len(delta.DeletedEndpointSlices))
+	d.metrics.RecordObjectChanges(len(delta.Services)+len(delta.ConvertedServices)+len(delta.DeletedServices),
+		len(delta.EndpointSlices)+len(delta.ConvertedSlices)+len(delta.DeletedEndpointSlices))
 	d.events.Apply(delta)
 	d.nodeState.existenceUnknown.Store(delta.NodeUnknown)
 	result := d.pipeline.Track(delta)

@@ -17,7 +17,7 @@ type deltaQueue struct {
 	wake chan struct{}
 
 	mu             sync.Mutex
-	services       pendingChanges[*corev1.Service]
+	services       pendingChanges[deliveredService]
 	endpointSlices pendingChanges[deliveredSlice]
 	nodes          pendingChanges[*corev1.Node]
 	serviceCIDRs   pendingChanges[*networkingv1.ServiceCIDR]
@@ -38,7 +38,7 @@ type deltaQueue struct {
 func newDeltaQueue() *deltaQueue {
 	return &deltaQueue{
 		wake:           make(chan struct{}, 1),
-		services:       pendingChanges[*corev1.Service]{},
+		services:       pendingChanges[deliveredService]{},
 		endpointSlices: pendingChanges[deliveredSlice]{},
 		nodes:          pendingChanges[*corev1.Node]{},
 		serviceCIDRs:   pendingChanges[*networkingv1.ServiceCIDR]{},
@@ -141,16 +141,8 @@ func (q *deltaQueue) pop() (kube.Delta, bool) {
 	}
 	q.popped = true
 	var d kube.Delta
-	d.Services, d.DeletedServices = drain(&q.services)
-	var endpointSlices []deliveredSlice
-	endpointSlices, d.DeletedEndpointSlices = drain(&q.endpointSlices)
-	for _, slice := range endpointSlices {
-		if slice.converted != nil {
-			d.ConvertedSlices = append(d.ConvertedSlices, slice.converted)
-		} else {
-			d.EndpointSlices = append(d.EndpointSlices, slice.object)
-		}
-	}
+	d.Services, d.ConvertedServices, d.DeletedServices = drainDelivered(&q.services)
+	d.EndpointSlices, d.ConvertedSlices, d.DeletedEndpointSlices = drainDelivered(&q.endpointSlices)
 	node, deletedNodes := drain(&q.nodes)
 	if len(node) > 0 {
 		d.Node = node[0]
@@ -169,11 +161,19 @@ func (q *deltaQueue) pop() (kube.Delta, bool) {
 	return d, true
 }
 
-// deliveredSlice is an EndpointSlice, or its converted form; see [Options.ConvertSlices].
-type deliveredSlice struct {
-	object    *discoveryv1.EndpointSlice
-	converted *kube.ConvertedSlice
+// delivered is an object, or its converted form; see [Options.ConvertObjects].
+type delivered[O, C any] struct {
+	object    *O
+	converted *C
 }
+
+type (
+	deliveredService = delivered[corev1.Service, kube.ConvertedService]
+	deliveredSlice   = delivered[discoveryv1.EndpointSlice, kube.ConvertedSlice]
+)
+
+// whole is the convert function of objects that are delivered as they are.
+func whole[O, C any](object *O) delivered[O, C] { return delivered[O, C]{object: object} }
 
 // pendingChanges has the latest change of each name.
 type pendingChanges[T any] map[types.NamespacedName]pendingChange[T]
@@ -203,6 +203,22 @@ func (g pendingChanges[T]) remove(name types.NamespacedName) {
 		return
 	}
 	g[name] = pendingChange[T]{deleted: true}
+}
+
+// drainDelivered empties g and returns its content.
+func drainDelivered[O, C any](g *pendingChanges[delivered[O, C]]) (objects []*O, converted []*C, deleted []types.NamespacedName) {
+	all, deleted := drain(g)
+	for _, d := range all {
+		if d.converted == nil {
+			objects = append(objects, d.object)
+			continue
+		}
+		if converted == nil {
+			converted = make([]*C, 0, len(all))
+		}
+		converted = append(converted, d.converted)
+	}
+	return objects, converted, deleted
 }
 
 // drain empties g and returns its content.

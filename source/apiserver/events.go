@@ -185,8 +185,14 @@ func (e *Events) Apply(d kube.Delta) {
 	for _, name := range d.DeletedServices {
 		delete(e.serviceUIDs, name)
 	}
+	if len(e.serviceUIDs) == 0 { // the first list
+		e.serviceUIDs = make(map[types.NamespacedName]types.UID, len(d.Services)+len(d.ConvertedServices))
+	}
 	for _, svc := range d.Services {
 		e.serviceUIDs[types.NamespacedName{Namespace: svc.Namespace, Name: svc.Name}] = svc.UID
+	}
+	for _, svc := range d.ConvertedServices {
+		e.serviceUIDs[svc.Name()] = svc.UID()
 	}
 	if e.started {
 		return

@@ -64,9 +64,10 @@ type Options struct {
 	// the resource, the number of objects to remove and the number known before. It must
 	// not block.
 	OnMassRemoval func(resource string, removed, before int)
-	// ConvertSlices delivers EndpointSlices as [kube.Delta.ConvertedSlices], converted for a
-	// Tracker of the node NodeName. It saves most of the memory of the first list.
-	ConvertSlices bool
+	// ConvertObjects delivers Services and EndpointSlices as [kube.Delta.ConvertedServices] and
+	// [kube.Delta.ConvertedSlices], converted for a Tracker of the node NodeName. It saves most of
+	// the memory of the first lists.
+	ConvertObjects bool
 	// KeepAllFields keeps the fields of objects that package kube does not need, such as labels
 	// and the names of pods, at the expense of memory.
 	KeepAllFields bool
@@ -337,21 +338,19 @@ func (r *resourceReflector) enableRemovalHold(opts Options) {
 
 // newReflectors returns the reflectors of all resources, with their stores.
 func (s *Source) newReflectors(opts Options) []*resourceReflector {
+	convertService, convertSlice := whole[corev1.Service, kube.ConvertedService], whole[discoveryv1.EndpointSlice, kube.ConvertedSlice]
+	if opts.ConvertObjects {
+		convertService, convertSlice = newServiceConverter(), newSliceConverter(opts.NodeName)
+	}
 	serviceReflector := s.newReflector(services, &corev1.Service{}, func() runtime.Object { return &corev1.ServiceList{} })
 	serviceReflector.enableRemovalHold(opts)
 	serviceStore := newStore(services, s.queue,
-		func(q *deltaQueue) pendingChanges[*corev1.Service] { return q.services }, s.trimmer.trimService, unconverted, nil)
+		func(q *deltaQueue) pendingChanges[deliveredService] { return q.services }, s.trimmer.trimService, convertService, nil)
 	serviceStore.hold, serviceStore.progress = serviceReflector.hold, serviceReflector.progress
 	serviceStore.serviceName = func(svc *corev1.Service) (types.NamespacedName, bool) { return namespacedName(svc), true }
 	serviceStore.onChange = serviceReflector.noteChange
 	serviceReflector.store = serviceStore
 
-	convertSlice := func(slice *discoveryv1.EndpointSlice) deliveredSlice { return deliveredSlice{object: slice} }
-	if opts.ConvertSlices {
-		convertSlice = func(slice *discoveryv1.EndpointSlice) deliveredSlice {
-			return deliveredSlice{converted: kube.ConvertSlice(slice, opts.NodeName)}
-		}
-	}
 	sliceReflector := s.newReflector(endpointSlices, &discoveryv1.EndpointSlice{}, func() runtime.Object { return &discoveryv1.EndpointSliceList{} })
 	sliceReflector.enableRemovalHold(opts)
 	sliceStore := newStore(endpointSlices, s.queue,
@@ -370,6 +369,19 @@ func (s *Source) newReflectors(opts Options) []*resourceReflector {
 		func(q *deltaQueue) pendingChanges[*networkingv1.ServiceCIDR] { return q.serviceCIDRs }, s.trimmer.trimServiceCIDR, unconverted, nil)
 	cidrStore.progress, cidrReflector.store = cidrReflector.progress, cidrStore
 	return []*resourceReflector{serviceReflector, sliceReflector, nodeReflector, cidrReflector}
+}
+
+// newServiceConverter returns the convert function of Services for Options.ConvertObjects.
+func newServiceConverter() func(*corev1.Service) deliveredService {
+	converter := kube.NewServiceConverter()
+	return func(svc *corev1.Service) deliveredService { return deliveredService{converted: converter.Convert(svc)} }
+}
+
+// newSliceConverter returns the convert function of EndpointSlices for Options.ConvertObjects.
+func newSliceConverter(node string) func(*discoveryv1.EndpointSlice) deliveredSlice {
+	return func(slice *discoveryv1.EndpointSlice) deliveredSlice {
+		return deliveredSlice{converted: kube.ConvertSlice(slice, node)}
+	}
 }
 
 // serviceNameOfSlice returns the name of the Service whose endpoints the slice holds. It

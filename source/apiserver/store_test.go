@@ -17,7 +17,7 @@ import (
 type storeHistory struct {
 	t         *testing.T
 	queue     *deltaQueue
-	store     *store[*corev1.Service, *corev1.Service]
+	store     *store[*corev1.Service, deliveredService]
 	version   int
 	server    map[string]string // resource version by name
 	delivered map[string]string
@@ -31,7 +31,7 @@ func newHistory(t *testing.T) *storeHistory {
 	}
 	return &storeHistory{
 		t: t, queue: queue, server: map[string]string{}, delivered: map[string]string{},
-		store: newStore(services, queue, func(m *deltaQueue) pendingChanges[*corev1.Service] { return m.services }, newTrimmer().trimService, unconverted, nil),
+		store: newStore(services, queue, func(m *deltaQueue) pendingChanges[deliveredService] { return m.services }, newTrimmer().trimService, whole, nil),
 	}
 }
 

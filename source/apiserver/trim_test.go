@@ -76,7 +76,7 @@ func decodedNode() *corev1.Node {
 }
 
 // TestTrimPreservesConversion checks that package kube converts trimmed objects to the same
-// result as untrimmed ones, for each annotation that selects a scheduler.
+// result as untrimmed ones, also in converted form, for each annotation that selects a scheduler.
 func TestTrimPreservesConversion(t *testing.T) {
 	t.Parallel()
 	for name, options := range map[string]kube.Options{
@@ -101,6 +101,9 @@ func testTrimPreservesConversion(t *testing.T, options kube.Options) {
 	trim.trimService(trimmed.Services[0])
 	trim.trimEndpointSlice(trimmed.EndpointSlices[0])
 	trim.trimNode(trimmed.Node)
+	converted := kube.Delta{Node: trimmed.Node}
+	converted.ConvertedServices = append(converted.ConvertedServices, newServiceConverter()(trimmed.Services[0]).converted)
+	converted.ConvertedSlices = append(converted.ConvertedSlices, newSliceConverter(options.NodeName)(trimmed.EndpointSlices[0]).converted)
 	got := kube.NewTracker(options).Apply(trimmed)
 	if len(want.Changes) == 0 {
 		t.Fatal("no changes to compare")
@@ -113,8 +116,10 @@ func testTrimPreservesConversion(t *testing.T, options kube.Options) {
 		t.Errorf("triggers (-whole +trimmed):\n%s", diff)
 	}
 	isSource := func(p cmp.Path) bool { return p.Last().String() == ".triggers" }
-	if diff := cmp.Diff(want, got, cmp.Exporter(func(reflect.Type) bool { return true }), cmp.FilterPath(isSource, cmp.Ignore())); diff != "" {
-		t.Errorf("(-whole +trimmed):\n%s", diff)
+	for name, got := range map[string]kube.Result{"trimmed": got, "converted": kube.NewTracker(options).Apply(converted)} {
+		if diff := cmp.Diff(want, got, cmp.Exporter(func(reflect.Type) bool { return true }), cmp.FilterPath(isSource, cmp.Ignore())); diff != "" {
+			t.Errorf("(-whole +%s):\n%s", name, diff)
+		}
 	}
 }
 
