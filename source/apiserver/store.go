@@ -7,6 +7,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/util/consistencydetector"
 )
 
 // protobufObject is an API object with a protobuf encoding.
@@ -321,7 +322,19 @@ func (s *store[T, P]) UpdateResourceVersion(version string) { s.progress.setVers
 
 // Transformer converts the objects of a streamed list while the list is still arriving, so that
 // only the list's converted objects are in memory at the same time.
+//
+// client-go's check of streamed lists (KUBE_WATCHLIST_INCONSISTENCY_DETECTOR) panics if an item is
+// not an object, so the items are only trimmed while it is active. Items of the second list that it
+// compares are trimmed as well.
 func (s *store[T, P]) Transformer() cache.TransformFunc {
+	if consistencydetector.IsDataConsistencyDetectionForWatchListEnabled() {
+		return func(item any) (any, error) {
+			if object, ok := item.(T); ok {
+				s.trim(object)
+			}
+			return item, nil
+		}
+	}
 	return func(item any) (any, error) {
 		s.progress.countEvent()
 		if object, ok := item.(T); ok {
