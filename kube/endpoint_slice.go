@@ -51,8 +51,10 @@ func ConvertSlice(object *discoveryv1.EndpointSlice, node string) *ConvertedSlic
 		return c
 	}
 	c.service = owner.Name
-	if at, err := time.Parse(time.RFC3339Nano, object.Annotations[corev1.EndpointsLastChangeTriggerTime]); err == nil {
-		c.trigger = at
+	if text := object.Annotations[corev1.EndpointsLastChangeTriggerTime]; text != "" {
+		if at, err := time.Parse(time.RFC3339Nano, text); err == nil {
+			c.trigger = at
+		}
 	}
 	c.slice.convert(object, node)
 	return c

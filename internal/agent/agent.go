@@ -33,6 +33,7 @@ import (
 	"fairlead.io/fairlead/internal/relay"
 	"fairlead.io/fairlead/internal/servicecounters"
 	"fairlead.io/fairlead/internal/zpages"
+	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/source/manifest/dns"
 	"fairlead.io/fairlead/sync"
 )
@@ -292,7 +293,10 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-addressesKnown:
-			return a.source.Run(ctx, a.dispatcher.deliver)
+			return a.source.Run(ctx, func(d kube.Delta) {
+				heap.endLists()
+				a.dispatcher.deliver(d)
+			})
 		}
 	})
 	group.Go(func() error {

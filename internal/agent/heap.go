@@ -5,24 +5,27 @@ import (
 	"math"
 	"os"
 	"runtime/debug"
+	"sync/atomic"
 )
 
 // Until all Services are programmed for the first time, the heap would be collected some thirty
 // times while it grows, which takes a third of the CPU time of a cold start. Therefore it may
-// grow by startupGrowth bytes beyond the limit of GOGC=50; after the first commit, the memory
-// returns to the operating system. With 10,000 Services of 10 endpoints, resident memory peaks
-// at 125 to 149 MB and ends at 72 MB. Without startupGrowth these are 112 and 92 MB; with Go's
-// default GOGC=100, 135 and 105 MB. Doubling startupGrowth saves another tenth of the time.
+// grow further: until the first lists are complete, by startupListGCPercent and startupGrowth bytes,
+// because most of what it contains then are objects that are converted and discarded. Afterwards it
+// grows by half until the first commit, and then the memory returns to the operating system.
+// docs/design/0021-starts-at-100000-services.md has the measurements.
 const (
-	startupGCPercent = 50
-	startupGrowth    = 32 << 20
+	startupListGCPercent = 200
+	startupGCPercent     = 50
+	startupGrowth        = 32 << 20
 )
 
 // startupHeap holds the garbage collector settings during a cold start.
 type startupHeap struct {
 	// reserve is memory that is never touched and therefore never resident, but counts as
 	// heap for the garbage collector.
-	reserve []byte
+	reserve    []byte
+	listsEnded atomic.Bool
 	// gcPercent is the previous setting, which releaseAfter restores.
 	gcPercent int
 }
@@ -33,8 +36,17 @@ func newStartupHeap() *startupHeap {
 	if os.Getenv("GOGC") != "" || debug.SetMemoryLimit(-1) != math.MaxInt64 {
 		return nil
 	}
-	percent := debug.SetGCPercent(startupGCPercent)
-	return &startupHeap{reserve: make([]byte, startupGrowth*100/startupGCPercent), gcPercent: percent}
+	percent := debug.SetGCPercent(startupListGCPercent)
+	return &startupHeap{reserve: make([]byte, startupGrowth*100/startupListGCPercent), gcPercent: percent}
+}
+
+// endLists limits the heap more strictly, because the first lists are complete. It may be called
+// for each Delta.
+func (h *startupHeap) endLists() {
+	if h == nil || h.listsEnded.Swap(true) {
+		return
+	}
+	debug.SetGCPercent(startupGCPercent)
 }
 
 // releaseAfter waits for the first commit, restores the settings and frees the memory.

@@ -127,7 +127,7 @@ func New(opts Options) (*Source, error) {
 
 		uncompressed: opts.Config.DisableCompression,
 	}
-	s.trimmer.keepsAll = opts.KeepAllFields
+	s.trimmer.keepsAll, s.trimmer.discards = opts.KeepAllFields, opts.ConvertObjects
 	s.reflectors = s.newReflectors(opts)
 	return s, nil
 }

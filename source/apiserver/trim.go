@@ -46,6 +46,7 @@ const maxInterned = 1 << 14
 // node's name. Trimmed objects share memory and must not be modified.
 type trimmer struct {
 	keepsAll            bool // see Options.KeepAllFields
+	discards            bool // trimmed EndpointSlices are converted and discarded
 	labels, annotations []string
 	// startedAt is when the program started. A trigger time before it says nothing about
 	// how long Fairlead takes to apply changes.
@@ -129,11 +130,13 @@ func (t *trimmer) trimEndpointSlice(slice *discoveryv1.EndpointSlice) {
 	defer t.mu.Unlock()
 	t.trimMeta(&slice.ObjectMeta)
 	slice.TypeMeta = metav1.TypeMeta{}
-	if at, err := time.Parse(time.RFC3339Nano, slice.Annotations[corev1.EndpointsLastChangeTriggerTime]); err != nil || at.Before(t.startedAt) {
+	if text := slice.Annotations[corev1.EndpointsLastChangeTriggerTime]; text == "" {
+		slice.Annotations = nil
+	} else if at, err := time.Parse(time.RFC3339Nano, text); err != nil || at.Before(t.startedAt) {
 		slice.Annotations = nil
 	}
 	// The decoder leaves up to twice the needed capacity.
-	if cap(slice.Endpoints) > len(slice.Endpoints) {
+	if cap(slice.Endpoints) > len(slice.Endpoints) && !t.discards {
 		slice.Endpoints = exactCopy(slice.Endpoints)
 	}
 	for i := range slice.Endpoints {
