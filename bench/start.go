@@ -13,6 +13,11 @@ import (
 	"fairlead.io/fairlead/kube"
 )
 
+// SettleTime is the pause between a cold start and a warm restart. The kernel moves elements to
+// larger hash tables for a while after a cold start, and an agent that reads them meanwhile has to
+// read again. Agents rarely restart so soon.
+const SettleTime = 2 * time.Second
+
 // start measures cold starts, each on a new node. A warm restart follows each cold start that the
 // probe does not observe.
 func start(ctx context.Context, o Options, m *measurements) error {
@@ -31,6 +36,11 @@ func start(ctx context.Context, o Options, m *measurements) error {
 				return err
 			}
 			complete = append(complete, took.Seconds())
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(SettleTime):
+			}
 			o.Progress(fmt.Sprintf("restart: %d Services, warm restart %d of %d", o.Services, i+1, o.startCount()))
 			took, err = restartOnce(ctx, o, r, initialDelta(services, r.Node.IPv4))
 			restart = append(restart, took.Seconds())

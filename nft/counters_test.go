@@ -66,7 +66,7 @@ func TestReadCounters(t *testing.T) {
 		"table ip others {\n counter dropped-no-service { packets 3 bytes 4 }\n}\n")
 	var want []CounterValue
 	for i, family := range []dataplane.Family{dataplane.IPv4, dataplane.IPv6} {
-		fmt.Fprintf(&script, "table %s fairlead {\n counter other { packets 5 bytes 6 }\n", []string{"ip", "ip6"}[i])
+		fmt.Fprintf(&script, "table %s fairlead {\n comment \"%s%d\"\n counter other { packets 5 bytes 6 }\n", []string{"ip", "ip6"}[i], schemaLabel, schema)
 		for n, name := range refusedCounters() {
 			count := CounterValue{Family: family, Name: string(name), Packets: uint64(1000*i+n+1) << 32, Bytes: uint64(n) + 100} //nolint:gosec // small numbers
 			for _, p := range protocols() {

@@ -662,7 +662,7 @@ func TestSlotRemovedDuringLookup(t *testing.T) {
 				services = append(services, s)
 				set := fmt.Sprintf("endpoints-%s", addr[len(addr)-1:])
 				if timeout != 0 {
-					set = "slots"
+					set = "slots-" + addr[len(addr)-1:]
 				}
 				for n := range 2 {
 					fmt.Fprintf(&edits, "delete element %s fairlead %s { %s . udp . %d . %s:%d }\n", test.family, set, addr, port, slot, n+1)
@@ -716,7 +716,7 @@ func TestEndpointIDRemovedDuringLookup(t *testing.T) {
 	mustReplace(t, d, nodeWithPodCIDRs(), s)
 	ip := d.tables[0] // not with nft, which cannot write the marked padding of an ID
 	key := ip.encodeStickyKey(s.Frontends[0], preferredEndpointID(clusterEndpoints, gone))
-	if err := d.conn.SetDeleteElements(ip.stickyEndpoints, []element{{Key: key}}); err != nil {
+	if err := d.conn.SetDeleteElements(ip.stickyEndpoints[shardOf(s.Frontends[0])], []element{{Key: key}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.conn.Flush(); err != nil {
@@ -881,14 +881,15 @@ func TestDrift(t *testing.T) {
 		"hairpin is flushed":                         "flush set ip fairlead hairpin",
 		"an invalid hairpin element is added":        "add element ip fairlead hairpin { 10.1.0.1 . 10.1.0.2 . 10.96.0.1 . tcp . 80 }",
 		"the pod networks are changed":               "flush set ip fairlead pod-cidrs; add element ip fairlead pod-cidrs { 192.168.0.0/16 }",
-		"a local endpoint is deleted":                "flush map ip fairlead slots",
+		"a local endpoint is deleted":                "flush map ip fairlead slots-3",
 		"the local endpoints are deleted":            "flush map ip fairlead external",
 		"a timeout is deleted":                       "flush map ip fairlead timeouts",
 		"a timeout is changed":                       "flush map ip fairlead timeouts; add element ip fairlead timeouts { 203.0.113.3 . tcp . 443 : 8000:1 }",
 		"an invalid timeout is added":                "add element ip fairlead timeouts { 10.96.0.1 . tcp . 80 : 0:1 }",
-		"an endpoint with an ID is deleted":          "flush map ip fairlead sticky-endpoints",
-		"an endpoint with an invalid ID is added":    "add element ip fairlead sticky-endpoints { 203.0.113.3 . tcp . 443 . 7 : 10.1.0.9 . 9 }",
-		"a slot with an invalid ID is added":         "add element ip fairlead slots { 203.0.113.3 . tcp . 443 . fa1d:9 : 0:7 }",
+		"an endpoint with an ID is deleted":          "flush map ip fairlead sticky-endpoints-3",
+		"an endpoint with an invalid ID is added":    "add element ip fairlead sticky-endpoints-3 { 203.0.113.3 . tcp . 443 . 7 : 10.1.0.9 . 9 }",
+		"a slot with an invalid ID is added":         "add element ip fairlead slots-3 { 203.0.113.3 . tcp . 443 . fa1d:9 : 0:7 }",
+		"a slot is in the map of other frontends":    "add element ip fairlead slots-4 { 203.0.113.3 . tcp . 443 . fa1d:0 : 48a6:fafa }",
 		"source ranges are deleted":                  "flush set ip fairlead source-ranges-24",
 		"a source range is added":                    "add element ip fairlead source-ranges-24 { 203.0.113.3 . tcp . 443 . 10.0.0.0 }",
 		"a source range of another Service is added": "add element ip fairlead source-ranges-24 { 10.96.0.1 . tcp . 80 . 10.0.0.0 }",

@@ -13,7 +13,7 @@ import (
 // all deletions first, so an element whose value changes is in both.
 type elementDiff struct {
 	table    *table
-	del, add [endpointsSet + numShards][]element
+	del, add [numFrontendSets][]element
 	// delRanges and addRanges are the elements of source range sets, by set.
 	delRanges, addRanges map[rangeSetKey][]element
 	// ports counts the change in the number of elements with an endpoint of each port.
@@ -36,7 +36,7 @@ func (t *table) rangeSetByKey(s rangeSetKey) *nftables.Set {
 }
 
 // The sets that contain elements of frontends and shared lists, as indices into the fields
-// of elementDiff. The last indices are the first of the shards of endpoints. The sets
+// of elementDiff. The last indices are the first of the shards of a map. The sets
 // before numClassSets contain the classes of a frontend. The rules look up the other sets
 // only for frontends in these sets, or for lists in listSizesSet.
 const (
@@ -45,12 +45,13 @@ const (
 	timeoutsSet
 	listsSet
 	listSizesSet
-	slotsSet
-	stickyEndpointsSet
 	hairpinSet
 	sharedHairpinSet
 	sharedEndpointsSet
-	endpointsSet = sharedEndpointsSet + numListShards
+	endpointsSet       = sharedEndpointsSet + numListShards
+	slotsSet           = endpointsSet + numShards
+	stickyEndpointsSet = slotsSet + numShards
+	numFrontendSets    = stickyEndpointsSet + numShards
 
 	numClassSets = listSizesSet
 )
@@ -130,7 +131,7 @@ func (e *elementDiff) diffClass(
 }
 
 func (e *elementDiff) diffSlots(f dataplane.Frontend, l endpointList, have, want listElements) {
-	t, shard := e.table, endpointsSet+shardOf(f)
+	t, shard, idShard := e.table, endpointsSet+shardOf(f), slotsSet+shardOf(f)
 	for i := range max(len(have.endpoints), len(want.endpoints)) {
 		var h, w netip.AddrPort
 		if i < len(have.endpoints) {
@@ -165,25 +166,25 @@ func (e *elementDiff) diffSlots(f dataplane.Frontend, l endpointList, have, want
 		}
 		key := t.encodeSlotKey(f, l, uint32(i)) //nolint:gosec // a slot
 		if h != noEndpointID {
-			e.delete(slotsSet, element{Key: key})
+			e.delete(idShard, element{Key: key})
 		}
 		if w != noEndpointID {
-			e.insert(slotsSet, element{Key: key, Val: t.encodeEndpointID(endpointID(w))}) //nolint:gosec // an ID
+			e.insert(idShard, element{Key: key, Val: t.encodeEndpointID(endpointID(w))}) //nolint:gosec // an ID
 		}
 	}
 }
 
 func (e *elementDiff) diffEndpointIDs(f dataplane.Frontend, have, want map[endpointID]netip.AddrPort) {
-	t := e.table
+	t, shard := e.table, stickyEndpointsSet+shardOf(f)
 	for n, addr := range have {
 		if want[n] != addr {
-			e.delete(stickyEndpointsSet, element{Key: t.encodeStickyKey(f, n)})
+			e.delete(shard, element{Key: t.encodeStickyKey(f, n)})
 			e.countEndpointPort(addr, -1)
 		}
 	}
 	for n, addr := range want {
 		if have[n] != addr {
-			e.insert(stickyEndpointsSet, element{Key: t.encodeStickyKey(f, n), Val: t.encodeAddrPort(addr)})
+			e.insert(shard, element{Key: t.encodeStickyKey(f, n), Val: t.encodeAddrPort(addr)})
 			e.countEndpointPort(addr, 1)
 		}
 	}

@@ -97,8 +97,8 @@
 //   - Session affinity: the map `timeouts` contains the frontend's timeout, and each timeout
 //     in use has a chain. The maps `affinity-0` to `affinity-f` store the endpoint ID of each
 //     client and frontend for the timeout. They store an ID because endpoints change slots.
-//     The map `slots` translates a slot to an ID, and `sticky-endpoints` an ID to an endpoint.
-//     The rules delete an ID that has no endpoint when a packet finds it. Packets write the
+//     The maps `slots-0` to `slots-f` translate a slot to an ID, and `sticky-endpoints-0` to
+//     `sticky-endpoints-f` an ID to an endpoint. The rules delete an ID that has no endpoint when a packet finds it. Packets write the
 //     affinity maps, and an [AffinityLimiter] makes room in them. Their size is limited. A
 //     full map affects only the frontends of its shard: `affinity-full` counts connections
 //     of clients that are not stored. `affinity-networks` limits how many clients of one

@@ -210,6 +210,13 @@ func matchSlot() []expr.Any {
 	return matchPriority(binaryutil.NativeEndian.PutUint32(slotMask), binaryutil.NativeEndian.PutUint32(slotMajor))
 }
 
+// matchNoSlot matches all other priorities: `meta priority & fffe:0 != fa1c:0`.
+func matchNoSlot() []expr.Any {
+	exprs := matchSlot()
+	exprs[len(exprs)-1].(*expr.Cmp).Op = expr.CmpOpNeq //nolint:forcetypeassert // of matchPriority
+	return exprs
+}
+
 // matchEndpointID matches priorities that are endpoint IDs:
 // `meta priority & ffff:0 == fafa:0`.
 func matchEndpointID() []expr.Any {

@@ -151,13 +151,18 @@ func (t *table) translateChains(by addressing) []chain {
 // the packet's priority contains, if the endpoint exists.
 //
 //	chain translate-sticky {
-//		meta priority set none dnat ip to ip daddr . meta l4proto . th dport . meta priority map @sticky-endpoints
+//		ip daddr & 0.0.0.15 == 0.0.0.0 meta priority set none dnat ip to ip daddr . meta l4proto . th dport . meta priority map @sticky-endpoints-0
+//		…
 //	}
 func (t *table) translateStickyChain(by addressing) chain {
-	return t.newChain(by.chainName("translate-sticky"), rule{exprs: slices.Concat(
-		t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(t.addrLen/4 + 2)}},
-		t.dnatFromMap(t.stickyEndpoints),
-	)})
+	rules := make([]rule, 0, numShards)
+	for shard, set := range t.stickyEndpoints {
+		rules = append(rules, rule{exprs: slices.Concat(t.matchShard(by, shard),
+			t.frontendKey(by, 0), []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(t.addrLen/4 + 2)}},
+			t.dnatFromMap(set),
+		)})
+	}
+	return t.newChain(by.chainName("translate-sticky"), rules...)
 }
 
 // dnatFromMap returns `meta priority set none dnat ip to … map @endpoints-a` for a key in the
@@ -204,8 +209,11 @@ func (t *table) stickyChain(by addressing, l endpointList) chain {
 //
 //	chain pick {
 //		meta priority set ip daddr . meta l4proto . th dport map @services meta priority vmap @draws
-//		meta priority set ip daddr . meta l4proto . th dport . meta priority map @slots
-//		meta priority & fffe:0 == fa1c:0 meta priority set ip daddr . meta l4proto . th dport . numgen random mod 1 offset 4196204544 map @slots comment "the slot went while the packet was on its way"
+//		ip daddr & 0.0.0.15 == 0.0.0.0 meta priority set ip daddr . meta l4proto . th dport . meta priority map @slots-0
+//		…
+//		meta priority & fffe:0 != fa1c:0 return
+//		ip daddr & 0.0.0.15 == 0.0.0.0 meta priority set ip daddr . meta l4proto . th dport . numgen random mod 1 offset 4196204544 map @slots-0 comment "the slot went while the packet was on its way"
+//		…
 //	}
 func (t *table) pickChain(by addressing, l endpointList) chain {
 	sizes := t.services
@@ -213,21 +221,24 @@ func (t *table) pickChain(by addressing, l endpointList) chain {
 		sizes = t.external
 	}
 	slot := t.addrLen/4 + 2
-	in := func(slotIs ...expr.Any) []expr.Any {
-		return slices.Concat(t.frontendKey(by, 0), slotIs, []expr.Any{mapLookup(t.slots, reg(0)), setPriority(reg(0))})
+	in := func(comment string, slotIs expr.Any) []rule {
+		rules := make([]rule, 0, numShards)
+		for shard, set := range t.slots {
+			rules = append(rules, rule{comment: comment, exprs: slices.Concat(t.matchShard(by, shard),
+				t.frontendKey(by, 0), []expr.Any{slotIs, mapLookup(set, reg(0)), setPriority(reg(0))})})
+		}
+		return rules
 	}
-	return t.newChain(by.chainName(l.chainName("pick")),
-		rule{exprs: slices.Concat(
+	return t.newChain(by.chainName(l.chainName("pick")), slices.Concat(
+		[]rule{{exprs: slices.Concat(
 			t.frontendKey(by, 0),
 			[]expr.Any{mapLookup(sizes, reg(0)), setPriority(reg(0))},
 			t.priorityVmap(vmapDraws),
-		)},
-		rule{exprs: in(&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)})},
-		rule{
-			comment: "the slot went while the packet was on its way",
-			exprs:   slices.Concat(matchSlot(), in(firstSlot(l, reg(slot)))),
-		},
-	)
+		)}},
+		in("", &expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg(slot)}),
+		[]rule{{exprs: append(matchNoSlot(), &expr.Verdict{Kind: expr.VerdictReturn})}},
+		in("the slot went while the packet was on its way", firstSlot(l, reg(slot))),
+	)...)
 }
 
 // postroutingRules returns the rules that find connections to masquerade.

@@ -271,8 +271,6 @@ func (c *tableContent) setReaders(t *table) []setReader {
 		{t.lists, func(e element) error { return c.parseListID(t, e) }},
 		{t.listSizes, func(e element) error { return c.parseListSize(t, e) }},
 		{t.sharedHairpin, func(e element) error { return c.parseSharedHairpin(t, e) }},
-		{t.slots, func(e element) error { return c.parseSlotID(t, e) }},
-		{t.stickyEndpoints, func(e element) error { return c.parseSticky(t, e) }},
 		{t.hairpin, func(e element) error { return c.parseHairpin(t, e) }},
 		{t.endpointPorts, c.parsePort},
 	}
@@ -284,7 +282,11 @@ func (c *tableContent) setReaders(t *table) []setReader {
 		readers = append(readers, setReader{set, func(e element) error { return c.parseVerdictElement(t, verdictMap(m), e) }})
 	}
 	for shard, set := range t.endpoints {
-		readers = append(readers, setReader{set, func(e element) error { return c.parseEndpoint(t, shard, e) }})
+		readers = append(readers,
+			setReader{set, func(e element) error { return c.parseEndpoint(t, shard, e) }},
+			setReader{t.slots[shard], func(e element) error { return c.parseSlotID(t, shard, e) }},
+			setReader{t.stickyEndpoints[shard], func(e element) error { return c.parseSticky(t, shard, e) }},
+		)
 	}
 	for shard, set := range t.sharedEndpoints {
 		readers = append(readers, setReader{set, func(e element) error { return c.parseSharedEndpoint(t, shard, e) }})
@@ -400,10 +402,13 @@ func (c *tableContent) countEndpointPort(t *table, addr netip.AddrPort) {
 	}
 }
 
-func (c *tableContent) parseSlotID(t *table, e element) error {
+func (c *tableContent) parseSlotID(t *table, shard int, e element) error {
 	f, l, slot, err := t.parseSlot(e.Key)
 	if err != nil {
 		return err
+	}
+	if shardOf(f) != shard {
+		return errUnexpectedElement
 	}
 	n, err := t.parseID(e.Val)
 	if err != nil {
@@ -417,10 +422,13 @@ func (c *tableContent) parseSlotID(t *table, e element) error {
 	return nil
 }
 
-func (c *tableContent) parseSticky(t *table, e element) error {
+func (c *tableContent) parseSticky(t *table, shard int, e element) error {
 	f, n, err := t.parseSticky(e.Key)
 	if err != nil {
 		return err
+	}
+	if shardOf(f) != shard {
+		return errUnexpectedElement
 	}
 	addr, err := t.parseAddrPort(e.Val)
 	if err != nil {

@@ -6,7 +6,7 @@ package nft
 // version would misread elements of the other, although the definitions of sets and chains
 // are equal. Replace rebuilds a table of another version. A changed definition needs no new
 // version, because Replace repairs it in place.
-const schema = 1
+const schema = 2
 
 // alteredDefinitions is for tests of upgrades; see schema_other.go.
 const alteredDefinitions = false

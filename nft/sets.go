@@ -36,10 +36,10 @@ type table struct {
 	services        *nftables.Set
 	external        *nftables.Set
 	timeouts        *nftables.Set
-	slots           *nftables.Set
-	stickyEndpoints *nftables.Set
 	hairpin         *nftables.Set
 	endpoints       [numShards]*nftables.Set
+	slots           [numShards]*nftables.Set
+	stickyEndpoints [numShards]*nftables.Set
 	// lists, listSizes, sharedHairpin and sharedEndpoints are for shared lists; see
 	// shared_lists.go.
 	lists           *nftables.Set
@@ -84,11 +84,11 @@ func newTable(family dataplane.Family) *table {
 	t.services = mapOf("services", with(), nftables.TypeClassID)
 	t.external = mapOf("external", with(), nftables.TypeClassID)
 	t.timeouts = mapOf("timeouts", with(), nftables.TypeClassID)
-	// A slot is a class ID because the packet's priority carries it.
-	t.slots = mapOf("slots", with(nftables.TypeClassID), nftables.TypeClassID)
-	t.stickyEndpoints = mapOf("sticky-endpoints", with(nftables.TypeInetService), addrPort)
-	for i := range t.endpoints {
+	for i := range numShards {
+		// A slot is a class ID because the packet's priority carries it.
 		t.endpoints[i] = mapOf(fmt.Sprintf("endpoints-%x", i), with(nftables.TypeClassID), addrPort)
+		t.slots[i] = mapOf(fmt.Sprintf("slots-%x", i), with(nftables.TypeClassID), nftables.TypeClassID)
+		t.stickyEndpoints[i] = mapOf(fmt.Sprintf(stickyEndpointsPrefix+"%x", i), with(nftables.TypeInetService), addrPort)
 	}
 	for m := range t.verdicts {
 		t.verdicts[m] = mapOf(verdictMap(m).String(), nftables.TypeClassID, nftables.TypeVerdict)
@@ -107,8 +107,8 @@ func newTable(family dataplane.Family) *table {
 	t.sharedHairpin = &nftables.Set{Table: t.nf, Name: "shared-hairpin", KeyType: concat(addr, addr, nftables.TypeClassID)}
 	t.frontendSets = append([]*nftables.Set{
 		servicesSet: t.services, externalSet: t.external, timeoutsSet: t.timeouts, listsSet: t.lists, listSizesSet: t.listSizes,
-		slotsSet: t.slots, stickyEndpointsSet: t.stickyEndpoints, hairpinSet: t.hairpin, sharedHairpinSet: t.sharedHairpin,
-	}, slices.Concat(t.sharedEndpoints[:], t.endpoints[:])...)
+		hairpinSet: t.hairpin, sharedHairpinSet: t.sharedHairpin,
+	}, slices.Concat(t.sharedEndpoints[:], t.endpoints[:], t.slots[:], t.stickyEndpoints[:])...)
 	for s := range t.addrSets {
 		t.addrSets[s] = &nftables.Set{Table: t.nf, Name: addrSet(s).String(), KeyType: addr}
 	}
@@ -137,12 +137,14 @@ func (t *table) sets() []*nftables.Set {
 
 // isAffinitySet reports whether only session affinity needs a set.
 func (t *table) isAffinitySet(s *nftables.Set) bool {
-	return slices.Contains([]*nftables.Set{
-		t.timeouts, t.slots, t.stickyEndpoints, t.verdicts[vmapDraws], t.verdicts[vmapAffinities], t.verdicts[vmapLocalAffinities],
+	return slices.Contains(t.slots[:], s) || slices.Contains(t.stickyEndpoints[:], s) || slices.Contains([]*nftables.Set{
+		t.timeouts, t.verdicts[vmapDraws], t.verdicts[vmapAffinities], t.verdicts[vmapLocalAffinities],
 	}, s)
 }
 
 const (
+	stickyEndpointsPrefix = "sticky-endpoints-"
+
 	rangesPrefix       = "source-ranges-"
 	sharedRangesPrefix = "shared-source-ranges-"
 )
@@ -166,10 +168,10 @@ func (t *table) sharedSourceRangeSet(bits int) *nftables.Set {
 	}
 }
 
-// numShards is the number of maps that endpoints are sharded over, by the last hex digit of
-// the frontend's address, or of the node port. Sharding does not affect packets or updates.
-// But the kernel takes quadratic time to dump a map (see nlconn.MessageSize): with a single
-// map, reading 100,000 Services took 47 s.
+// numShards is the number of maps that endpoints, and slots and endpoints with session affinity, are
+// sharded over, by the last hex digit of the frontend's address, or of the node port. Sharding
+// costs packets a few comparisons and does not affect updates. But the kernel takes quadratic time
+// to dump a map (see nlconn.MessageSize): with a single map, reading 100,000 Services took 47 s.
 const numShards = 16
 
 func shardOf(f dataplane.Frontend) int {

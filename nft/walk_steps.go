@@ -27,7 +27,7 @@ func (b *branch) lookedUp(set string, key []byte, e element, found bool) {
 		}
 	case strings.HasPrefix(set, affinityPrefix) && found && e.Expires > 0:
 		b.walk.Affinity = e.Expires
-	case set == t.stickyEndpoints.Name && found:
+	case strings.HasPrefix(set, stickyEndpointsPrefix) && found:
 		addr, err := t.parseAddrPort(e.Val)
 		if err == nil && b.walk.Affinity > 0 && strings.HasPrefix(b.chain, "translate-sticky") && !b.drewEndpoint() {
 			b.walk.Remembered = addr
