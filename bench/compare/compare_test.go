@@ -124,6 +124,24 @@ func TestRun(t *testing.T) {
 			t.Errorf("no ratio of %s in %+v", want.measure, want.scenario)
 		}
 	}
+	for _, want := range []struct {
+		destination result.Destination
+		systems     []string
+	}{
+		{result.OneService, []string{"nft", "other"}},
+		{result.RandomServices, []string{"nft", "other"}},
+		{result.NoService, []string{"nft", "other", result.Direct}},
+	} {
+		scenario := size
+		scenario.Destination = want.destination
+		for _, name := range want.systems {
+			for _, measure := range []result.Measure{result.FirstPacket, result.Connect} {
+				if m := r.Find(measure, name, result.Native, scenario); m == nil || len(m.Samples) != 3 || m.Distribution.Min <= 0 || m.Distribution.Max > 1 {
+					t.Errorf("%s of %s, %s: %+v", measure, name, want.destination, m)
+				}
+			}
+		}
+	}
 	established := []string{"nft", "other", result.Direct}
 	if flowtables := flowoffload.Check(nettest.NamespaceT(t).Fd()); flowtables == nil {
 		established = append(established, "nft-flow-offload")

@@ -57,12 +57,14 @@ const (
 	ColdStart Part = "coldstart"
 	Churn     Part = "churn"
 	Memory    Part = "memory"
+	// DataPath measures the first packets of connections, and connect(2).
+	DataPath Part = "data-path"
 	// Established measures packets of established connections, also with flow offload.
 	Established Part = "established"
 )
 
 // Parts returns all parts.
-func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn, Established} }
+func Parts() []Part { return []Part{ColdStart, Memory, Update, Churn, DataPath, Established} }
 
 // DefaultOptions returns the defaults of `fairlead-bench compare`, except for the systems.
 func DefaultOptions() Options {

@@ -17,6 +17,11 @@ func fairleadSystems() []string {
 // confidence interval that is too narrow.
 const minSamples = 3
 
+// pairedMeasures returns the measures whose samples of all systems are taken in direct succession.
+func pairedMeasures() []result.Measure {
+	return []result.Measure{result.FirstPacket, result.Connect, result.PacketTime, result.TransferTime}
+}
+
 // ratios compares each system with Fairlead's systems in the same scenarios.
 func ratios(measurements []result.Measurement) []result.Ratio {
 	var list []result.Ratio
@@ -33,8 +38,7 @@ func ratios(measurements []result.Measurement) []result.Ratio {
 				name, statistic = "mean", statistics.Mean
 			}
 			compare := statistics.Ratio
-			if numerator.Measure == result.PacketTime || numerator.Measure == result.TransferTime {
-				// Samples of all systems are taken in direct succession.
+			if slices.Contains(pairedMeasures(), numerator.Measure) {
 				name, compare = "paired-p50", func(a, b []float64, _ func([]float64) float64) (result.Interval, error) {
 					return statistics.PairedRatio(a, b)
 				}

@@ -128,6 +128,11 @@ func (c *comparison) runWithServices(ctx context.Context, services int) (err err
 			}
 		}
 	}
+	if c.includes(DataPath) {
+		if err := c.dataPath(ctx, nodes, s.content); err != nil {
+			return err
+		}
+	}
 	if c.includes(Established) {
 		return c.established(ctx, nodes, s)
 	}

@@ -171,6 +171,9 @@ func measureText(m result.Measure, s result.Scenario) string {
 	if s.Change != "" {
 		text += ", " + string(s.Change)
 	}
+	if s.Destination != "" {
+		text += ", " + string(s.Destination)
+	}
 	if s.Rate > 0 {
 		text += fmt.Sprintf(", %g/s", s.Rate)
 	}

@@ -391,16 +391,41 @@ func churnSection(measured []*result.Measurement) section {
 }
 
 func connectSection(measured []*result.Measurement) section {
-	list := withMeasure(measured, result.Connect)
-	if len(list) == 0 {
-		return section{}
+	s := section{id: "connect", title: "Connection setup", text: "The first packet of a connection, and connect(2), through a Service and directly."}
+	for _, spec := range []struct {
+		measure result.Measure
+		title   string
+	}{
+		{result.FirstPacket, "The first packet of a connection, from the client to the endpoint"},
+		{result.Connect, "Duration of connect(2)"},
+	} {
+		if list := withMeasure(measured, spec.measure); len(list) > 0 {
+			s.figures = append(s.figures, figure{string(spec.measure), spec.title + ". " + rangeCaption, &rowsChart{
+				name: spec.title, unit: "s", groups: groupBy(list, func(m *result.Measurement) string {
+					return joinNonEmpty(thousands(m.Scenario.Services)+" Services", destinationName(m.Scenario.Destination))
+				}),
+			}})
+		}
 	}
-	title := "Connection setup"
-	return section{id: "connect", title: title, text: "Duration of connect(2) through a Service and directly.", figures: []figure{{
-		"connect", rangeCaption, &rowsChart{name: title, unit: "s", groups: groupBy(list, func(m *result.Measurement) string {
-			return thousands(m.Scenario.Services) + " Services"
-		})},
-	}}}
+	return s
+}
+
+func joinNonEmpty(words ...string) string {
+	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), ", ")
+}
+
+// destinationName returns a description of where connections go.
+func destinationName(d result.Destination) string {
+	switch d {
+	case result.OneService:
+		return "one of them again and again"
+	case result.RandomServices:
+		return "random ones"
+	case result.NoService:
+		return "no Service"
+	default:
+		return string(d)
+	}
 }
 
 // establishedSection returns charts of established connections, one for each measure, because their units

@@ -153,6 +153,9 @@ const (
 	// ChurnCPU is the processor time per change while changes occur at [Scenario.Rate]. Each sample
 	// is the mean of one period of churn.
 	ChurnCPU Measure = "churn-cpu"
+	// FirstPacket is the mean time of the first packet of a connection (TCP SYN), from the sender's system
+	// call until it arrives at the host of the endpoints.
+	FirstPacket Measure = "first-packet"
 	// Connect is the duration of connect(2).
 	Connect Measure = "connect"
 	// ConnectRate is the number of sequential connections per second.
@@ -196,7 +199,19 @@ type Scenario struct {
 	Endpoints int `json:"endpoints"`
 	// Rate is the number of changes per second.
 	Rate float64 `json:"rate,omitempty"`
+	// Destination is where connections go, for FirstPacket and Connect.
+	Destination Destination `json:"destination,omitempty"`
 }
+
+// Destination is where the connections of a measurement go.
+type Destination string
+
+// Destinations.
+const (
+	OneService     Destination = "one-service"     // always the same Service
+	RandomServices Destination = "random-services" // a random Service each time
+	NoService      Destination = "no-service"      // an address that no Service has
+)
 
 // Measurement is the result of one measure for one system.
 type Measurement struct {

@@ -123,6 +123,8 @@ func measureTitle(m result.Measure) string {
 		return "time from an event to its effect, under churn"
 	case result.ChurnCPU:
 		return "processor time per event, under churn"
+	case result.FirstPacket:
+		return "time of the first packet of a connection, from the client to the endpoint"
 	case result.Connect:
 		return "connect(2)"
 	case result.ConnectRate:
@@ -208,6 +210,9 @@ func Scenario(s result.Scenario) string {
 	}
 	if s.Rate != 0 {
 		description += fmt.Sprintf(", %g/s", s.Rate)
+	}
+	if s.Destination != "" {
+		description = string(s.Destination) + ", " + description
 	}
 	return description
 }

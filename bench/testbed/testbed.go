@@ -15,6 +15,8 @@ import (
 	"net"
 	"net/netip"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -144,3 +146,34 @@ func ipNet(p netip.Prefix) *net.IPNet {
 
 // Close removes the namespaces. It may be called more than once.
 func (r *Testbed) Close() error { return r.network.Close() }
+
+// TrackConnections makes the node track connections and able to translate them, as a node does that
+// masquerades pods. The rule matches no packet of the testbed. The node must have no Service proxy.
+func (r *Testbed) TrackConnections() error {
+	conn, err := nftables.New(nftables.WithNetNSFd(r.Node.Fd()))
+	if err != nil {
+		return fmt.Errorf("track the node's connections: %w", err)
+	}
+	table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "nat"})
+	for name, hook := range map[string]*nftables.ChainHook{
+		"prerouting": nftables.ChainHookPrerouting, "output": nftables.ChainHookOutput, "postrouting": nftables.ChainHookPostrouting,
+	} {
+		priority := nftables.ChainPriorityNATDest
+		if hook == nftables.ChainHookPostrouting {
+			priority = nftables.ChainPriorityNATSource
+		}
+		chain := conn.AddChain(&nftables.Chain{Table: table, Name: name, Type: nftables.ChainTypeNAT, Hooknum: hook, Priority: priority})
+		if hook == nftables.ChainHookPostrouting {
+			const sourceOffset = 12 // in the IPv4 header
+			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: sourceOffset, Len: 4},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: MachineIPv4.AsSlice()},
+				&expr.Masq{},
+			}})
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("track the node's connections: %w", err)
+	}
+	return nil
+}
