@@ -51,7 +51,7 @@ func (by addressing) chainName(name string) string {
 
 // chains returns the chains that do not depend on Services, except for the prefix lengths
 // of source ranges. A chain comes after the chains it jumps to. filter-input exists if the node
-// identifies pods. filter-prerouting-post-dnat and filter-output-post-dnat, at dstnat + 10,
+// identifies pods or protects loopback addresses. filter-prerouting-post-dnat and filter-output-post-dnat, at dstnat + 10,
 // exist if a setting or a Translator needs their rules.
 //
 //	chain filter-input {
@@ -95,12 +95,11 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 	extra := t.renderer.extraRules(t, base)
 	chains = append(chains, extra.chains...)
 	natOutput = append(natOutput, extra.natOutput...)
-	preroutingPostDNAT := slices.Concat(answeredPing, t.loopbackFromNetworkRules(node), extra.filterPreroutingPostDNAT)
+	preroutingPostDNAT := slices.Concat(answeredPing, extra.filterPreroutingPostDNAT)
 	outputPostDNAT := slices.Concat(answeredPing, extra.filterOutputPostDNAT)
 	postrouting := append(t.postroutingRules(), extra.natPostrouting...)
-	if t.identifiesPods(node) {
-		chains = append(chains,
-			base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, t.invalidFromEndpointRule()))
+	if input := t.inputRules(node); len(input) > 0 {
+		chains = append(chains, base("filter-input", nftables.ChainTypeFilter, nftables.ChainHookInput, filter, input...))
 	}
 	chains = append(chains, t.natBaseChains(base, node, dispatch, natOutput)...)
 	// Every packet pays for a base chain, even if its rules do not match.
@@ -117,6 +116,15 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 		base("filter-output", nftables.ChainTypeFilter, nftables.ChainHookOutput, filter, t.newOrInvalidRule(newOrInvalidOutputName)),
 		base("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, postrouting...),
 	)
+}
+
+// inputRules returns the rules for packets to the node itself.
+func (t *table) inputRules(node dataplane.Node) []rule {
+	var rules []rule
+	if t.identifiesPods(node) {
+		rules = append(rules, t.invalidFromEndpointRule())
+	}
+	return append(rules, t.loopbackFromNetworkRules(node)...)
 }
 
 func (t *table) newChain(name string, rules ...rule) chain {

@@ -226,7 +226,8 @@
 // Node.ProtectLoopback, the chain loopback-from-network drops them, and the counter
 // dropped-loopback counts them:
 //
-//	chain filter-prerouting-post-dnat {
+//	chain filter-input {
+//	    ct state invalid …                  # see above
 //	    ip daddr 127.0.0.0/8 iifname != "lo" goto loopback-from-network
 //	}
 //	chain loopback-from-network {
@@ -235,9 +236,9 @@
 //	    counter name "dropped-loopback" drop
 //	}
 //
-// All other packets pass one comparison of a byte. The chain sees translated addresses, so it
-// accepts packets that another program translates to a loopback address, such as kube-proxy's
-// node ports on localhost or a service mesh.
+// Other packets to the node itself pass one comparison of a byte. Forwarded packets do not pass
+// the chain. It sees translated addresses, so it accepts packets that another program translates
+// to a loopback address, such as kube-proxy's node ports on localhost or a service mesh.
 //
 // # Translators
 //
@@ -305,7 +306,7 @@
 // not every node needs exist only where a setting needs them. With [dataplane.Node].AheadOfOthers,
 // nat-prerouting-ahead and nat-output-ahead exist at dstnat - 1 and start with != @ahead return,
 // and the chains at dstnat + 1 start with @ahead return. filter-prerouting-post-dnat and
-// filter-output-post-dnat exist for pings, loopback addresses and Translators. With one or two
+// filter-output-post-dnat exist for pings and Translators. With one or two
 // networks in [dataplane.Node].PodCIDRs or ServiceCIDRs, rules compare addresses with them instead
 // of looking them up. TestFirstPacketCost limits the number of expressions;
 // docs/design/0020-first-packet.md has the measurements.

@@ -77,7 +77,7 @@ func TestDryRunDifferences(t *testing.T) {
 	for _, test := range []struct{ name, script, want string }{
 		{"a chain is added", "add chain ip fairlead extra", `chain extra in table ip fairlead: unexpected [] []`},
 		{"a rule is added", "insert rule ip fairlead nat-prerouting counter accept", `chain nat-prerouting in table ip fairlead: rule 1 of `},
-		{"a rule is appended", "add rule ip fairlead filter-input counter", `chain filter-input in table ip fairlead: 2 rules instead of 1`},
+		{"a rule is appended", "add rule ip fairlead filter-input counter", `chain filter-input in table ip fairlead: 3 rules instead of 2`},
 		{"a chain drops by default", "add chain ip fairlead nat-prerouting { policy drop; }", `chain nat-prerouting in table ip fairlead: different [] []`},
 		{"a set is added", "add set ip fairlead extra { type mark; }", `set extra in table ip fairlead: unexpected [] []`},
 		{

@@ -12,7 +12,8 @@ import (
 // loopbackFromNetworkRules returns the rule that sends packets to 127.0.0.0/8 from other
 // hosts and pods to the chain loopback-from-network. Without the sysctl route_localnet, the
 // kernel drops these packets. It always drops packets to ::1 (net/ipv6/ip6_input.c,
-// ip6_rcv_core), so IPv6 needs no rule.
+// ip6_rcv_core), so IPv6 needs no rule. With it, the kernel delivers them to the node itself, so the
+// rule is in filter-input and forwarded packets do not pass it.
 //
 //	ip daddr 127.0.0.0/8 iifname != "lo" goto loopback-from-network
 func (t *table) loopbackFromNetworkRules(node dataplane.Node) []rule {

@@ -2,10 +2,12 @@ package nft
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"fairlead.io/fairlead/dataplane"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 )
@@ -41,7 +43,7 @@ func (noLocalAddrs) Destinations(dataplane.Protocol, netip.AddrPort, netip.Addr)
 // usualNode returns a node with the settings that most nodes have.
 func usualNode() dataplane.Node {
 	node := nodeWithAllSettings()
-	node.AheadOfOthers, node.PingServiceIPs, node.ProtectLoopback = false, false, false
+	node.AheadOfOthers, node.PingServiceIPs = false, false
 	node.NodePortNetworks, node.LocalPodCIDRs = nil, nil
 	return node
 }
@@ -102,35 +104,40 @@ func TestFirstPacketCost(t *testing.T) {
 	}
 }
 
-// TestEstablishedPacketCost checks that a filter chain of a usual node evaluates three expressions
-// for a packet of an established connection. NAT chains do not see these packets.
+// TestEstablishedPacketCost checks how many expressions the filter chains of a usual node evaluate for a
+// packet of an established connection, which no rule's first comparison matches. NAT chains do not see
+// these packets. A forwarded packet passes one chain only.
 func TestEstablishedPacketCost(t *testing.T) {
 	t.Parallel()
+	const state, loopback = 3, 2 // expressions up to the comparison
 	for _, table := range (Options{}).newTables(TableName) {
-		hooks := map[nftables.ChainHook]int{}
+		want := map[nftables.ChainHook][]int{
+			*nftables.ChainHookForward: {state}, *nftables.ChainHookOutput: {state}, *nftables.ChainHookInput: {state, loopback},
+		}
+		if table.family == dataplane.IPv6 {
+			want[*nftables.ChainHookInput] = []int{state}
+		}
+		got := map[nftables.ChainHook][]int{}
 		for _, c := range table.chains(usualNode(), nil) {
 			if c.Hooknum == nil || c.Type != nftables.ChainTypeFilter {
 				continue
 			}
-			hooks[*c.Hooknum]++
-			if len(c.rules) != 1 {
-				t.Errorf("chain %s has %d rules, want 1", c.Name, len(c.rules))
-				continue
+			if got[*c.Hooknum] != nil {
+				t.Errorf("hook %d has more than one filter chain, one of them %s", *c.Hooknum, c.Name)
 			}
-			state, isState := c.rules[0].exprs[0].(*expr.Ct)
-			_, isCmp := c.rules[0].exprs[2].(*expr.Cmp)
-			if !isState || state.Key != expr.CtKeySTATE || !isCmp {
-				t.Errorf("the rule of chain %s does not begin with a comparison of ct state", c.Name)
+			for _, r := range c.rules {
+				n := slices.IndexFunc(r.exprs, func(e expr.Any) bool { _, ok := e.(*expr.Cmp); return ok }) + 1
+				got[*c.Hooknum] = append(got[*c.Hooknum], n)
+				if ct, ok := r.exprs[0].(*expr.Ct); n == state && (!ok || ct.Key != expr.CtKeySTATE) {
+					t.Errorf("a rule of chain %s does not begin with a comparison of ct state", c.Name)
+				}
+				if load, ok := r.exprs[0].(*expr.Payload); n == loopback && (!ok || load.Len != 1) {
+					t.Errorf("a rule of chain %s does not begin with a comparison of a byte", c.Name)
+				}
 			}
 		}
-		for _, hook := range []*nftables.ChainHook{nftables.ChainHookInput, nftables.ChainHookForward, nftables.ChainHookOutput} {
-			if hooks[*hook] != 1 {
-				t.Errorf("%d filter chains at hook %d, want 1", hooks[*hook], *hook)
-			}
-			delete(hooks, *hook)
-		}
-		if len(hooks) > 0 {
-			t.Errorf("other hooks have filter chains: %v", hooks)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("expressions of the rules at each hook (-want +got):\n%s", diff)
 		}
 	}
 }

@@ -205,6 +205,10 @@ func TestRulesOfPreviousVersion(t *testing.T) {
 	for _, hook := range []string{"prerouting", "output"} {
 		script = append(script, "insert rule ip fairlead filter-"+hook+"-post-dnat meta priority & fff8:0 == fa18:0 meta priority set none")
 	}
+	// The rule for loopback addresses was in prerouting, which all packets pass.
+	script = append(script, "flush chain ip fairlead filter-input",
+		"add rule ip fairlead filter-input ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid",
+		`add rule ip fairlead filter-prerouting-post-dnat ip daddr 127.0.0.0/8 iifname != "lo" goto loopback-from-network`)
 	for chain, unestablished := range map[string]string{"filter-forward": newOrInvalidName, "filter-output": newOrInvalidOutputName} {
 		script = append(script, "flush chain ip fairlead "+chain,
 			"flush chain ip fairlead "+unestablished, "delete chain ip fairlead "+unestablished,
