@@ -270,7 +270,7 @@ VMRUN-flowoffload-6.12 := ^TestBehaviour$$/^(established_connections_survive|hai
 # Tests of packages that need IPVS or the kernel's list of hooks only for some of them.
 VMRUN-partly := IPVS|^(TestTranslators|TestFunctions)$$
 VMSKIP-cmd-6.1 := ^TestSwitchModes$$
-VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go cmd/fairlead/flow_offload_test.go | paste -sd '|'))$$
+VMRUN-cmd = ^($(shell sed -n 's/^func \(Test[A-Za-z0-9]*\).*/\1/p' cmd/fairlead/ipvs_test.go cmd/fairlead/own_table_test.go cmd/fairlead/flow_offload_test.go cmd/fairlead/flow_modules_test.go | paste -sd '|'))$$
 # Additional files for the tests of cmd/fairlead.
 VMWITH-cmd := $(if $(wildcard .cache/kube-proxy/kube-proxy),-with=$(CURDIR)/.cache/kube-proxy/kube-proxy)
 
