@@ -22,9 +22,9 @@ type checkReport struct {
 }
 
 // check runs fairlead check on the node.
-func (n *testNode) check() checkReport {
+func (n *testNode) check(flags ...string) checkReport {
 	n.t.Helper()
-	args := append([]string{"check", "-o", "json"}, n.runArgs()[1:]...)
+	args := slices.Concat([]string{"check", "-o", "json"}, n.runArgs()[1:], flags)
 	code, out := n.runOnce(nil, args...)
 	r := checkReport{t: n.t, code: code}
 	// A line about failed checks follows the object.

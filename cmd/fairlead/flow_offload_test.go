@@ -3,12 +3,14 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
 	"fairlead.io/fairlead/internal/agent/agenttest"
 	"fairlead.io/fairlead/internal/flowoffload"
 	"fairlead.io/fairlead/internal/nettest"
+	"fairlead.io/fairlead/internal/preflight"
 )
 
 // TestFlowOffload checks that connections are offloaded while --flow-offload is set, that another
@@ -95,5 +97,32 @@ func TestInitOnlyFlowOffload(t *testing.T) {
 	}
 	if listing := n.nft("list", "ruleset"); listing != "" {
 		t.Errorf("ruleset after --init-only:\n%s", listing)
+	}
+}
+
+// TestCheckFlowOffload checks what `fairlead check` says about kernels without flowtables, and about kernels
+// that do not offload UDP.
+func TestCheckFlowOffload(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t)
+	r := n.check("--flow-offload=software")
+	err := flowoffload.Check(nettest.NamespaceT(t).Fd())
+	udp, udpErr := flowoffload.OffloadsUDP()
+	if udpErr != nil {
+		t.Fatal(udpErr)
+	}
+	switch {
+	case errors.Is(err, flowoffload.ErrUnsupported):
+		r.expect("flow-offload", preflight.Warning, "would not be offloaded", "remove --flow-offload")
+	case err != nil:
+		t.Fatal(err)
+	default:
+		r.expect("flow-offload", preflight.OK, "a flowtable was created")
+	}
+	tcpOnly := slices.ContainsFunc(r.Findings, func(f preflight.Finding) bool {
+		return f.Check == "flow-offload" && f.Status == preflight.Info && strings.Contains(f.Message, "only TCP")
+	})
+	if want := err == nil && !udp; tcpOnly != want {
+		t.Errorf("the check says that only TCP is offloaded: %t, want %t; findings %+v", tcpOnly, want, r.Findings)
 	}
 }

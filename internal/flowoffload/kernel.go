@@ -62,6 +62,9 @@ func Check(netns int) error {
 	return Remove(netns)
 }
 
+// OffloadsUDP reports whether a Dataplane offloads UDP flows on this kernel. It always offloads TCP.
+func OffloadsUDP() (bool, error) { return deletesOffloadedFlows() }
+
 // deletesOffloadedFlows reports whether the kernel deletes the conntrack entry of an offloaded flow on
 // request, which Linux 6.4 and newer do (nf_conntrack_netlink.c, ctnetlink_del_conntrack).
 func deletesOffloadedFlows() (bool, error) {

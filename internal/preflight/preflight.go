@@ -241,7 +241,15 @@ func (c *checker) checkFlowOffload() {
 		c.Add(check, Warning, "remove --flow-offload, or use a kernel with the missing feature", "connections would not be offloaded: %v", err)
 		return
 	}
+	udp, err := flowoffload.OffloadsUDP()
+	if err != nil {
+		c.Add(check, Warning, "", "a flowtable was created, but the kernel's version is unknown: %v", err)
+		return
+	}
 	c.Add(check, OK, "", "a flowtable was created in a network namespace of its own")
+	if !udp {
+		c.Add(check, Info, "", "only TCP connections would be offloaded: UDP requires Linux 6.4 or newer")
+	}
 }
 
 // isFairlead reports whether a table belongs to Fairlead.
