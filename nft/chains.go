@@ -119,6 +119,9 @@ func (t *table) chains(node dataplane.Node, rangeBits []int) []chain {
 }
 
 // inputRules returns the rules for packets to the node itself.
+//
+//	ct state invalid tcp flags & (fin | syn | rst | ack) == ack tcp sport @endpoint-ports goto invalid
+//	ip daddr 127.0.0.0/8 iifname != "lo" goto loopback-from-network
 func (t *table) inputRules(node dataplane.Node) []rule {
 	var rules []rule
 	if t.identifiesPods(node) {
