@@ -5,7 +5,10 @@ import (
 	"iter"
 	"maps"
 	"net/netip"
+	"runtime/debug"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"testing"
 
 	"fairlead.io/fairlead/dataplane"
@@ -22,6 +25,15 @@ type recorder struct {
 
 	nodes    []dataplane.Node
 	services []dataplane.Key
+	inline   atomic.Bool // a call of Apply came from UpdateInline
+}
+
+// Apply implements dataplane.Dataplane.
+func (r *recorder) Apply(ctx context.Context, changes []dataplane.Change) error {
+	if strings.Contains(string(debug.Stack()), ".UpdateInline(") {
+		r.inline.Store(true)
+	}
+	return r.Dataplane.Apply(ctx, changes)
 }
 
 // Replace implements dataplane.Dataplane.
@@ -63,6 +75,26 @@ func TestPipeline(t *testing.T) {
 	}
 	if want := map[string]int{"default/web": 1, "kube-system/dns": 1}; !maps.Equal(states, want) {
 		t.Errorf("Services with the number of their ports: %v, want %v", states, want)
+	}
+	wait()
+	var added, removed kube.Delta
+	added.Services = append(added.Services, kubetest.Service("default", "other", netip.MustParseAddr("10.96.0.12")))
+	inline := false
+	for attempts := 0; !inline && attempts < 100; attempts++ { // the Syncer may not be idle yet
+		p.Program(p.Track(added))
+		wait()
+		inline = dp.inline.Load()
+		removed.DeletedServices = nil
+		for s := range p.Services() {
+			if s.Name.Name == "other" {
+				removed.DeletedServices = append(removed.DeletedServices, s.Name)
+			}
+		}
+		p.Program(p.Track(removed))
+		wait()
+	}
+	if !inline {
+		t.Error("Program has never made the call for a single change itself")
 	}
 	p.SetAheadOfOthers(false)
 	wait()

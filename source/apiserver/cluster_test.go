@@ -1,9 +1,12 @@
 package apiserver_test
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
+	"runtime/debug"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,6 +18,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"fairlead.io/fairlead/kube"
 	"fairlead.io/fairlead/source/apiserver"
 )
 
@@ -147,6 +151,42 @@ func TestWatchEvents(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestChangeIsNotHandedOver checks that the goroutine that decodes a single change delivers it.
+func TestChangeIsNotHandedOver(t *testing.T) {
+	t.Parallel()
+	client := adminClient(t)
+	ns := createNamespace(t, client)
+	source := must[*apiserver.Source](t)(apiserver.New(apiserver.Options{Config: cluster.Config(), NodeName: "none", BatchPeriod: 8 * time.Millisecond}))
+	stacks := make(chan string, 1000)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- source.Run(ctx, func(d kube.Delta) {
+			if slices.ContainsFunc(d.Services, func(svc *corev1.Service) bool { return svc.Namespace == ns }) {
+				stacks <- string(debug.Stack())
+			}
+		})
+	}()
+	defer func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}()
+	svc := must[*corev1.Service](t)(client.CoreV1().Services(ns).Create(t.Context(), newService("web"), metav1.CreateOptions{}))
+	<-stacks // probably in the first list
+	// Changes of other tests can arrive at the same time. They are then delivered together by Run.
+	const attempts = 20
+	for range attempts {
+		svc.Spec.Ports[0].Port++
+		svc = must[*corev1.Service](t)(client.CoreV1().Services(ns).Update(t.Context(), svc, metav1.UpdateOptions{}))
+		if strings.Contains(<-stacks, "(*watchStream).ResultChan") {
+			return
+		}
+	}
+	t.Errorf("none of %d changes was delivered while ResultChan waited for the next one", attempts)
 }
 
 // TestNode checks that the Node is delivered only when a field that Fairlead reads changes.
