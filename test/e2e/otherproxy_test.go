@@ -357,6 +357,13 @@ func TestKubeProxy(t *testing.T) {
 			s.must(kubeProxy.cleanUp())
 			logged()
 			metric(0)
+			s.eventually(func(context.Context) error { // the rules change after the metric
+				chains, err := kubeProxy.output("nft", "list", "chains")
+				if err == nil && strings.Contains(chains, "-ahead") {
+					err = errors.New("Fairlead's chains are still ahead of kube-proxy's")
+				}
+				return err
+			})
 			s.checkReaches(client, to, third)
 			checkOpen()
 
