@@ -11,7 +11,7 @@ import (
 // Until all Services are programmed for the first time, the heap would be collected some thirty
 // times while it grows, which takes a third of the CPU time of a cold start. Therefore it may
 // grow further: until the first lists are complete, by startupListGCPercent and startupGrowth bytes,
-// because most of what it contains then are objects that are converted and discarded. Afterwards it
+// because most of its content then is objects that are converted and discarded. Afterwards it
 // grows by half until the first commit, and then the memory returns to the operating system.
 // docs/design/0021-starts-at-100000-services.md has the measurements.
 const (

@@ -199,7 +199,7 @@ func (s *Source) setReceiver(receive func(kube.Delta)) {
 	s.receive = receive
 }
 
-// deliverAll delivers the pending changes. It reports false if there are none, or a list is
+// deliverAll delivers the pending changes. It reports false without changes, or if a list is
 // missing.
 func (s *Source) deliverAll() bool {
 	s.delivering.Lock()
