@@ -190,6 +190,7 @@ func (n *node) observe(ctx context.Context, event *request, wait func(context.Co
 			cancel()
 		}
 	}()
+	n.probe.ThrottleUntil(event.done)
 	observed, err := wait(waiting)
 	if requestErr := event.wait(); requestErr != nil {
 		err = requestErr // the reason why no effect was observed

@@ -18,15 +18,14 @@ import (
 // each packet as a new connection and connection tracking has no entry for it. It observes which
 // packets arrive at watched endpoints.
 //
-// At first the probe sends at intervals of MinInterval. It slows down as time passes: it observes an
-// effect after the time t at most t/256 late for each packet that it needs, and takes little
-// processor time from slow systems. In the first milliseconds it only runs on processors that no
-// other program needs, because a system with few processors would otherwise wait for the probe.
+// At first the probe sends as fast as it can, a few microseconds apart. It slows down as time
+// passes: it observes an effect after the time t at most t/256 late for each packet that it needs,
+// and takes little processor time from slow systems.
 //
 // A Probe must not be used concurrently. The caller must close it.
 type Probe struct {
-	// MinInterval is the minimum time between two packets. With 0, the probe sends as fast as it can,
-	// a few microseconds apart, and occupies a processor.
+	// MinInterval is the minimum time between two packets. With 0, the probe sends as fast as it can
+	// and occupies a processor.
 	MinInterval time.Duration
 
 	sendFD, receiveFD int // file descriptors
@@ -34,6 +33,7 @@ type Probe struct {
 	sourcesUsed       uint32 // number of sources used so far
 	lastSeq           uint32 // sequence number of the last packet
 	buf               [256]byte
+	throttleUntil     <-chan struct{}
 }
 
 const (
@@ -75,6 +75,11 @@ func (p *Probe) Close() error {
 	}
 	return errors.Join(errs...)
 }
+
+// ThrottleUntil makes the next measurement send packets at least 100 µs apart until the channel is
+// closed, so that other programs get the processor time to cause the event. It affects one
+// measurement only.
+func (p *Probe) ThrottleUntil(done <-chan struct{}) { p.throttleUntil = done }
 
 // ErrNotObserved is wrapped by the error of a Probe that has waited too long.
 var ErrNotObserved = errors.New("packets did not show the change in time")
@@ -161,21 +166,15 @@ func (p *Probe) sendUntil(
 		ctx, cancel = context.WithTimeout(ctx, defaultTimeout)
 		defer cancel()
 	}
+	defer p.ThrottleUntil(nil)
 	runtime.LockOSThread() // keeps the processor's caches warm
 	defer runtime.UnlockOSThread()
 	defer sleepExactly()()
-	yielding := true
-	setYielding(true)
-	defer setYielding(false)
 	if err := p.discardReceived(); err != nil {
 		return Observation{}, err
 	}
 	var sent []time.Time
 	for {
-		if yielding && time.Since(event) > yieldTime {
-			yielding = false
-			setYielding(false)
-		}
 		sent = append(sent, time.Now())
 		if err := p.send(service); err != nil {
 			return Observation{}, err
@@ -211,22 +210,18 @@ func sleepExactly() (undo func()) {
 	return func() { setTimerSlack(0) } // the default
 }
 
-// yieldTime is the time after an event for which all other programs run before the probe.
-const yieldTime = 10 * time.Millisecond
-
-// setYielding lets all other programs run before the current thread, or no longer. Their wake-ups
-// then interrupt the thread at once, see SCHED_IDLE in sched(7).
-func setYielding(yielding bool) {
-	attr := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}
-	if yielding {
-		attr.Policy = unix.SCHED_IDLE
-	}
-	_ = unix.SchedSetAttr(0, &attr, 0) // without it, measurements are only less exact
-}
-
 // waitForNext waits until the next packet is due.
 func (p *Probe) waitForNext(last, event time.Time) {
 	next := last.Add(max(p.MinInterval, last.Sub(event)/backoffDivisor))
+	if p.throttleUntil != nil {
+		select {
+		case <-p.throttleUntil:
+			p.throttleUntil = nil
+		default:
+			const minInterval = 100 * time.Microsecond
+			next = last.Add(max(minInterval, next.Sub(last)))
+		}
+	}
 	const minSleep = 50 * time.Microsecond
 	for {
 		left := time.Until(next)

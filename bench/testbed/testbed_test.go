@@ -122,7 +122,9 @@ func TestFirstArrival(t *testing.T) {
 	})
 }
 
-func TestMinInterval(t *testing.T) {
+// TestThrottleUntil checks that the probe limits its rate while it is throttled, and only in that
+// measurement.
+func TestThrottleUntil(t *testing.T) {
 	w := newProxiedTestbed(t)
 	measure := func() (s testbed.Observation, happened <-chan interval) {
 		w.program(t, backgroundAddr(1))
@@ -133,9 +135,9 @@ func TestMinInterval(t *testing.T) {
 		}
 		return s, happened
 	}
-	w.probe.MinInterval = 100 * time.Microsecond
 	var s testbed.Observation
 	requireWithin(t, func() (time.Duration, <-chan interval) {
+		w.probe.ThrottleUntil(make(chan struct{})) // never
 		var happened <-chan interval
 		s, happened = measure()
 		return s.After, happened
@@ -144,8 +146,8 @@ func TestMinInterval(t *testing.T) {
 	if s.Packets > limit() {
 		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, limit())
 	}
-	// A busy machine can be as slow as a probe with an interval, so this may need many attempts.
-	w.probe.MinInterval = 0
+	// The next measurement is not throttled. A busy machine can be as slow as a throttled probe, so
+	// this may need many attempts.
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
 		var happened <-chan interval
 		s, happened = measure()
@@ -153,7 +155,25 @@ func TestMinInterval(t *testing.T) {
 			return
 		}
 	}
-	t.Errorf("without an interval, sent %d packets in %s, want more", s.Packets, s.After)
+	t.Errorf("sent %d packets in %s after a throttled measurement, want more", s.Packets, s.After)
+}
+
+func TestMinInterval(t *testing.T) {
+	w := newProxiedTestbed(t)
+	w.probe.MinInterval = 100 * time.Microsecond
+	var s testbed.Observation
+	requireWithin(t, func() (time.Duration, <-chan interval) {
+		w.program(t, backgroundAddr(1))
+		event, happened := w.programLater(t, watchedAddr(1))
+		var err error
+		if s, err = w.probe.FirstArrival(t.Context(), event, vip(), testbed.ToAnyEndpoint); err != nil {
+			t.Fatal(err)
+		}
+		return s.After, happened
+	})
+	if limit := int(s.After/w.probe.MinInterval) + 1; s.Packets > limit {
+		t.Errorf("sent %d packets in %s, want %d or fewer", s.Packets, s.After, limit)
+	}
 }
 
 func TestLastArrival(t *testing.T) {
