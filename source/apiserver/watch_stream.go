@@ -19,7 +19,6 @@ import (
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/apimachinery/pkg/watch"
 	restwatch "k8s.io/client-go/rest/watch"
-	"k8s.io/client-go/util/flowcontrol"
 )
 
 // watchBuffer is the size of a watch's read buffer in bytes.
@@ -65,7 +64,7 @@ type watchEncoding struct {
 // openStream sends the watch request, like [rest.Request.Watch].
 func (w *watchdog) openStream(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
 	// As in client-go, watches are not rate-limited.
-	request := w.newRequest(&opts).Throttle(flowcontrol.NewFakeAlwaysRateLimiter())
+	request := w.newRequest(&opts).Throttle(nil)
 	if !w.source.uncompressed {
 		// The transport then leaves the decompression to the watchStream, which sees in the
 		// compressed data whether more events have arrived.
