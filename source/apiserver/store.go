@@ -329,6 +329,7 @@ func (s *store[T, P]) UpdateResourceVersion(version string) { s.progress.setVers
 func (s *store[T, P]) Transformer() cache.TransformFunc {
 	if consistencydetector.IsDataConsistencyDetectionForWatchListEnabled() {
 		return func(item any) (any, error) {
+			s.progress.countEvent()
 			if object, ok := item.(T); ok {
 				s.trim(object)
 			}
