@@ -25,14 +25,16 @@ func (d *Dataplane) apply(op string, changes []dataplane.Change) error {
 	changes = slices.Clone(changes)
 	slices.SortStableFunc(changes, func(a, b dataplane.Change) int { return compareBool(a.New != nil, b.New != nil) })
 	p := d.planChanges(changes, failed)
-	b, first := d.newBatch(), 0
+	b, first := d.takeBatch(), 0
 	for i, c := range changes {
 		if p.addChange(b, c); b.elements() >= d.transactionSize {
 			d.applyBatch(p, b, changes[first:i+1], failed)
-			b, first = d.newBatch(), i+1
+			d.recycleBatch(b)
+			b, first = d.takeBatch(), i+1
 		}
 	}
 	d.applyBatch(p, b, changes[first:], failed)
+	d.recycleBatch(b)
 	for key, a := range p.assignments {
 		if failed[key] == nil {
 			d.storeAssignment(key, a)
