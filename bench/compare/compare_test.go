@@ -124,6 +124,9 @@ func TestRun(t *testing.T) {
 			t.Errorf("no ratio of %s in %+v", want.measure, want.scenario)
 		}
 	}
+	if m := r.Find(result.WakeUp, result.Direct, result.Native, size); m == nil || len(m.Samples) != 3 || m.Distribution.Min <= 0 || m.Distribution.Max > 1 {
+		t.Errorf("%s: %+v", result.WakeUp, m)
+	}
 	for _, want := range []struct {
 		destination result.Destination
 		systems     []string

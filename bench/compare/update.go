@@ -2,6 +2,7 @@ package compare
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -19,11 +20,19 @@ func requiredMisses(endpoints int) int {
 }
 
 // updates measures each kind of change, in the order of samples, kinds and systems.
-func (c *comparison) updates(ctx context.Context, nodes []*node, services int) error {
+func (c *comparison) updates(ctx context.Context, nodes []*node, services int) (err error) {
+	echo, err := testbed.NewEcho()
+	if err != nil {
+		return fmt.Errorf("start the echo: %w", err)
+	}
+	defer func() { err = errors.Join(err, echo.Close()) }()
 	changes := []result.Change{result.ReplaceEndpoint, result.ScaleUp, result.ScaleDown, result.CreateService, result.DeleteService}
 	for i := range c.Samples {
 		if i%10 == 0 {
 			c.progress("update: sample %d of %d", i+1, c.Samples)
+		}
+		if err := c.wakeUp(ctx, nodes, echo, services); err != nil {
+			return err
 		}
 		for j, change := range changes {
 			scenario := result.Scenario{Change: change, Services: services, Endpoints: c.Endpoints}
@@ -41,6 +50,27 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) e
 			}
 		}
 	}
+	return nil
+}
+
+// wakeUp measures the machine's own share of an update: a round trip to a sleeping thread after the
+// pause that precedes each change.
+func (c *comparison) wakeUp(ctx context.Context, nodes []*node, echo *testbed.Echo, services int) error {
+	for _, n := range nodes {
+		if err := n.waitSettled(ctx, c.SettleTime); err != nil {
+			return err
+		}
+	}
+	took, err := echo.RoundTrip()
+	if err != nil {
+		return fmt.Errorf("measure a wake-up: %w", err)
+	}
+	for _, n := range nodes {
+		n.settledAt = time.Now()
+	}
+	m := c.measurement(result.Direct, result.WakeUp, result.Scenario{Services: services, Endpoints: c.Endpoints})
+	m.Unit = "s"
+	m.Samples = append(m.Samples, took.Seconds())
 	return nil
 }
 

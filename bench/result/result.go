@@ -137,6 +137,10 @@ const (
 	// Service. The event is the request to the API server. In a comparison, the value "request" in
 	// s is the mean time until the API server has answered, which may be after the effect.
 	UpdatePacket Measure = "update-packet"
+	// WakeUp is the time of a round trip to a sleeping thread over TCP on loopback, after the same pause
+	// as before each change of UpdatePacket. The system is [Direct]. It is the part of an update
+	// that the machine takes without any work.
+	WakeUp Measure = "wake-up"
 	// ColdStartComplete is the time from a cold start until the kernel has acknowledged the
 	// complete ruleset.
 	ColdStartComplete Measure = "cold-start-complete"

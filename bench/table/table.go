@@ -111,6 +111,8 @@ func measureTitle(m result.Measure) string {
 		return "time from the event to the kernel's acknowledgement"
 	case result.UpdatePacket:
 		return "time from the event to the first packet that shows it"
+	case result.WakeUp:
+		return "round trip to a sleeping thread, after the same pause as before an update"
 	case result.ColdStartComplete:
 		return "cold start until the kernel has acknowledged everything"
 	case result.ColdStartAnswer:
