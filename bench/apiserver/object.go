@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -86,7 +87,7 @@ type VersionSequence struct {
 	last atomic.Uint64
 }
 
-// Version is an object with its resource version. It is immutable. Several Servers may share a
+// Version is an object with its resource version. Except for SentAt, it is immutable. Several Servers may share a
 // Version and its encodings.
 type Version struct {
 	resource        resource
@@ -95,6 +96,8 @@ type Version struct {
 	object          Object
 
 	protobuf, json func() ([]byte, error)
+
+	sentAt atomic.Pointer[time.Time]
 }
 
 // Stamp sets the next resource version on the object and returns it as a Version. The Version owns
@@ -118,6 +121,14 @@ func (c *VersionSequence) Stamp(o Object) (*Version, error) {
 
 // ResourceVersion returns the resource version.
 func (v *Version) ResourceVersion() uint64 { return v.resourceVersion }
+
+// SentAt returns when the first watch sent the event of this version, and false if none has sent it.
+func (v *Version) SentAt() (time.Time, bool) {
+	if at := v.sentAt.Load(); at != nil {
+		return *at, true
+	}
+	return time.Time{}, false
+}
 
 // fields returns the fields that field selectors support.
 func (v *Version) fields() fields.Set {

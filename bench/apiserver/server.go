@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
@@ -247,6 +248,7 @@ func (s *stream) follow(r *http.Request, c *collection, at int) error {
 			return errTooFarBehind
 		}
 		at = next
+		var sent []*Version
 		for _, ch := range changes {
 			event, selected := ch.event(s.selector)
 			if !selected {
@@ -255,6 +257,11 @@ func (s *stream) follow(r *http.Request, c *collection, at int) error {
 			if err := s.enc.appendEvent(&s.buffer, event, ch.current); err != nil {
 				return err
 			}
+			sent = append(sent, ch.current)
+		}
+		now := time.Now()
+		for _, v := range sent {
+			v.sentAt.CompareAndSwap(nil, &now)
 		}
 		if s.buffer.Len() > 0 || len(changes) == 0 {
 			if _, err := s.writer.Write(s.buffer.Bytes()); err != nil {

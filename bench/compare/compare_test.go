@@ -99,6 +99,7 @@ func TestRun(t *testing.T) {
 		{result.Memory, size, 3},
 		{result.PeakMemory, size, 3},
 		{result.UpdatePacket, with(result.ReplaceEndpoint, 0), 3},
+		{result.UpdatePacket, with(result.ReplaceOnlyEndpoint, 0), 3},
 		{result.UpdatePacket, with(result.ScaleUp, 0), 3},
 		{result.UpdatePacket, with(result.ScaleDown, 0), 3},
 		{result.UpdatePacket, with(result.CreateService, 0), 3},

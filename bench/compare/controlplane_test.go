@@ -63,6 +63,7 @@ func TestRealAPIServer(t *testing.T) {
 	}{
 		{result.ColdStartAnswer, "", 0, 2},
 		{result.UpdatePacket, result.ReplaceEndpoint, 0, 3},
+		{result.UpdatePacket, result.ReplaceOnlyEndpoint, 0, 3},
 		{result.UpdatePacket, result.ScaleUp, 0, 3},
 		{result.UpdatePacket, result.ScaleDown, 0, 3},
 		{result.UpdatePacket, result.CreateService, 0, 3},

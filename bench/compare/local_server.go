@@ -101,7 +101,8 @@ func (f *localServer) delete(_ context.Context, objects ...apiserver.Object) *re
 
 // applyEach stamps each object with the next resource version and calls apply.
 func (f *localServer) applyEach(objects []apiserver.Object, apply func(...*apiserver.Version)) *request {
-	return doRequest(func() error {
+	var versions []*apiserver.Version
+	r := doRequest(func() error {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		for _, o := range objects {
@@ -109,10 +110,20 @@ func (f *localServer) applyEach(objects []apiserver.Object, apply func(...*apise
 			if err != nil {
 				return err
 			}
+			versions = append(versions, v)
 			apply(v)
 		}
 		return nil
 	})
+	r.eventAt = func() (first time.Time, ok bool) {
+		for _, v := range versions {
+			if at, sent := v.SentAt(); sent && (!ok || at.Before(first)) {
+				first, ok = at, true
+			}
+		}
+		return first, ok
+	}
+	return r
 }
 
 func (f *localServer) close() error { return nil }

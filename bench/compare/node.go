@@ -35,6 +35,8 @@ type node struct {
 	// services are the Services as stored in the API. Only the owner of a Service may change it,
 	// see acquireService.
 	services []*cluster.Service
+	// onlyEndpoint is the Service for result.ReplaceOnlyEndpoint.
+	onlyEndpoint *cluster.Service
 
 	mu        sync.Mutex
 	usedAddrs int          // number of addresses used so far
@@ -181,7 +183,8 @@ func (n *node) replaceEndpoint(ctx context.Context, i int, watched bool) (event 
 }
 
 // observe waits for the effect of a request, which may be in flight, with the given method of the
-// probe. It returns when the server has answered and the effect was observed.
+// probe. It returns when the server has answered and the effect was observed. The result is the time
+// from the first event of the request, or from the request if only the server knows that time.
 func (n *node) observe(ctx context.Context, event *request, wait func(context.Context) (testbed.Observation, error)) (time.Duration, error) {
 	waiting, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -198,7 +201,7 @@ func (n *node) observe(ctx context.Context, event *request, wait func(context.Co
 	if err != nil {
 		return 0, errors.Join(err, context.Cause(ctx))
 	}
-	return observed.After, nil
+	return max(0, observed.After-event.untilEvent()), nil
 }
 
 // close stops the system and removes the node. The API server keeps running.

@@ -30,6 +30,22 @@ type request struct {
 	done     chan struct{} // closed when the server has answered; duration and err are valid then
 	duration time.Duration
 	err      error
+	// eventAt returns when the server sent the first event of the request to the system, if the
+	// server knows it. It may be nil.
+	eventAt func() (time.Time, bool)
+}
+
+// untilEvent returns the time from the request until its first event, in which the server works and
+// the system has nothing to do yet. It is 0 if it is unknown. It requires an observed effect.
+func (r *request) untilEvent() time.Duration {
+	if r.eventAt == nil {
+		return 0
+	}
+	at, ok := r.eventAt()
+	if !ok {
+		return 0
+	}
+	return at.Sub(r.sentAt)
 }
 
 // doRequest runs do and returns the completed request.

@@ -26,7 +26,12 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) (
 		return fmt.Errorf("start the echo: %w", err)
 	}
 	defer func() { err = errors.Join(err, echo.Close()) }()
-	changes := []result.Change{result.ReplaceEndpoint, result.ScaleUp, result.ScaleDown, result.CreateService, result.DeleteService}
+	for _, n := range nodes {
+		if err := c.createOnlyEndpoint(ctx, n); err != nil {
+			return fmt.Errorf("%s: create the Service with one endpoint: %w", n.sys.Name(), err)
+		}
+	}
+	changes := []result.Change{result.ReplaceOnlyEndpoint, result.ReplaceEndpoint, result.ScaleUp, result.ScaleDown, result.CreateService, result.DeleteService}
 	for i := range c.Samples {
 		if i%10 == 0 {
 			c.progress("update: sample %d of %d", i+1, c.Samples)
@@ -96,7 +101,15 @@ func (c *comparison) update(ctx context.Context, n *node, change result.Change, 
 			return n.probe.LastArrival(ctx, event.sentAt, s.Addr(), at, misses)
 		}
 	}
+	n.probe.MinInterval = c.probeInterval(change)
+	defer func() { n.probe.MinInterval = c.ProbeInterval }()
 	switch change {
+	case result.ReplaceOnlyEndpoint:
+		addr := n.nextAddr(true)
+		n.onlyEndpoint = n.onlyEndpoint.WithReplacedEndpoint(addr)
+		s = n.onlyEndpoint
+		event = n.server.update(ctx, s.Slice())
+		arrival(testbed.ToEndpoint(addr))
 	case result.ReplaceEndpoint:
 		var addr netip.Addr
 		s = n.services[first]
@@ -123,6 +136,31 @@ func (c *comparison) update(ctx context.Context, n *node, change result.Change, 
 	}
 	took, err = n.observe(ctx, event, observe)
 	return took, event.duration, err
+}
+
+// probeInterval returns the minimum time between two packets for a change. If each packet shows the
+// change, the probe sleeps between them, so that the system has both processors of a small machine.
+func (c *comparison) probeInterval(change result.Change) time.Duration {
+	const sleep = 100 * time.Microsecond
+	switch change {
+	case result.ReplaceOnlyEndpoint, result.CreateService, result.DeleteService:
+		return max(c.ProbeInterval, sleep)
+	default:
+		return c.ProbeInterval
+	}
+}
+
+// createOnlyEndpoint creates the Service for ReplaceOnlyEndpoint and waits until it answers.
+func (c *comparison) createOnlyEndpoint(ctx context.Context, n *node) error {
+	ctx, cancel := n.contextWhileRunning(ctx)
+	defer cancel()
+	s := &cluster.Service{Index: len(n.services) + c.Samples, Endpoints: []netip.Addr{n.nextAddr(true)}} // behind the last createdService
+	event := n.server.create(ctx, s.Object(), s.Slice())
+	_, err := n.observe(ctx, event, func(ctx context.Context) (testbed.Observation, error) {
+		return n.probe.FirstArrival(ctx, event.sentAt, s.Addr(), testbed.ToAnyEndpoint)
+	})
+	n.onlyEndpoint, n.settledAt = s, time.Now()
+	return err
 }
 
 // createdService returns the Service to create for a sample. Its endpoint addresses differ from

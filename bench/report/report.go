@@ -227,6 +227,8 @@ func changeName(c result.Change) string {
 	switch c {
 	case result.ReplaceEndpoint:
 		return "Replace an endpoint"
+	case result.ReplaceOnlyEndpoint:
+		return "Replace the only endpoint"
 	case result.ScaleUp:
 		return "Add an endpoint"
 	case result.ScaleDown:

@@ -134,8 +134,9 @@ const (
 	UpdateAck Measure = "update-ack"
 	// UpdatePacket is the time from an event until packets show its effect: the first connection
 	// that reaches a new endpoint, or the first that no longer reaches a removed endpoint or
-	// Service. The event is the request to the API server. In a comparison, the value "request" in
-	// s is the mean time until the API server has answered, which may be after the effect.
+	// Service. The event is the API server's write to the watch, or the request to the API server if
+	// it does not show when it writes. In a comparison, the value "request" in s is the mean time
+	// until the API server has answered the request, which may be after the effect.
 	UpdatePacket Measure = "update-packet"
 	// WakeUp is the time of a round trip to a sleeping thread over TCP on loopback, after the same pause
 	// as before each change of UpdatePacket. The system is [Direct]. It is the part of an update
@@ -189,10 +190,13 @@ type Change string
 // Changes.
 const (
 	ReplaceEndpoint Change = "replace-endpoint" // one endpoint is removed and another added
-	ScaleUp         Change = "scale-up"         // one endpoint is added
-	ScaleDown       Change = "scale-down"       // one endpoint is removed
-	CreateService   Change = "create-service"   // with all its endpoints
-	DeleteService   Change = "delete-service"   // with all its endpoints
+	// ReplaceOnlyEndpoint is ReplaceEndpoint for an additional Service with one endpoint. The first
+	// packet after the effect shows it. With ten endpoints, only each tenth packet does.
+	ReplaceOnlyEndpoint Change = "replace-only-endpoint"
+	ScaleUp             Change = "scale-up"       // one endpoint is added
+	ScaleDown           Change = "scale-down"     // one endpoint is removed
+	CreateService       Change = "create-service" // with all its endpoints
+	DeleteService       Change = "delete-service" // with all its endpoints
 )
 
 // Scenario describes the conditions of a measurement. It is comparable.
