@@ -21,7 +21,7 @@ func requiredMisses(endpoints int) int {
 
 // updates measures each kind of change, in the order of samples, kinds and systems.
 func (c *comparison) updates(ctx context.Context, nodes []*node, services int) (err error) {
-	echo, err := testbed.NewEcho()
+	echo, err := testbed.NewEcho(ctx)
 	if err != nil {
 		return fmt.Errorf("start the echo: %w", err)
 	}

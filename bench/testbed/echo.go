@@ -1,6 +1,7 @@
 package testbed
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -22,13 +23,13 @@ type Echo struct {
 }
 
 // NewEcho starts the thread.
-func NewEcho() (*Echo, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+func NewEcho(ctx context.Context) (*Echo, error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 	defer l.Close() //nolint:errcheck // it has no data
-	client, err := net.Dial("tcp", l.Addr().String())
+	client, err := new(net.Dialer).DialContext(ctx, "tcp", l.Addr().String())
 	if err != nil {
 		return nil, fmt.Errorf("connect: %w", err)
 	}

@@ -9,7 +9,7 @@ import (
 
 func TestEcho(t *testing.T) {
 	t.Parallel()
-	e, err := testbed.NewEcho()
+	e, err := testbed.NewEcho(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
