@@ -87,8 +87,8 @@ type VersionSequence struct {
 	last atomic.Uint64
 }
 
-// Version is an object with its resource version. Except for SentAt, it is immutable. Several Servers may share a
-// Version and its encodings.
+// Version is an object with its resource version. It is immutable, except for the result of SentAt.
+// Several Servers may share a Version and its encodings.
 type Version struct {
 	resource        resource
 	name            types.NamespacedName
@@ -122,7 +122,8 @@ func (c *VersionSequence) Stamp(o Object) (*Version, error) {
 // ResourceVersion returns the resource version.
 func (v *Version) ResourceVersion() uint64 { return v.resourceVersion }
 
-// SentAt returns when the first watch sent the event of this version, and false if none has sent it.
+// SentAt returns when a watch of any Server first began to send the version as an event, and false if
+// none has.
 func (v *Version) SentAt() (time.Time, bool) {
 	if at := v.sentAt.Load(); at != nil {
 		return *at, true

@@ -139,8 +139,15 @@ func TestInformers(t *testing.T) {
 				}
 			}
 			expect("added Service a 1", "added Service b 2", "added EndpointSlice a 3", "added Node node 4", "added ServiceCIDR kubernetes 5")
-			server.Put(m.stamp(slice("a", 3)))
+			changed, before := m.stamp(slice("a", 3)), time.Now()
+			if at, ok := changed.SentAt(); ok {
+				t.Errorf("a version was sent at %s, before it was put", at)
+			}
+			server.Put(changed)
 			expect("changed EndpointSlice a 6")
+			if at, ok := changed.SentAt(); !ok || at.Before(before) || at.After(time.Now()) {
+				t.Errorf("a version that a watch has received was sent at %s, %t", at, ok)
+			}
 			server.Put(m.stamp(service("c", "10.96.0.3")), m.stamp(slice("c", 1)))
 			expect("added Service c 7", "added EndpointSlice c 8")
 			server.Delete(m.stamp(service("b", "10.96.0.2")))

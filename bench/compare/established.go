@@ -31,7 +31,7 @@ func (c *comparison) established(ctx context.Context, nodes []*node, s *serverPo
 		}
 	}()
 	open := func(n *node) (*established.Path, error) {
-		tcp, udp := established.Services(len(n.services)+c.Samples+1, establishedAddr) // behind createOnlyEndpoint's
+		tcp, udp := established.Services(c.onlyEndpointIndex(n)+1, establishedAddr)
 		if err := n.server.create(ctx, tcp.Object(), tcp.Slice(), udp.Object(), udp.Slice()).wait(); err != nil {
 			return nil, err
 		}

@@ -115,14 +115,7 @@ func (f *localServer) applyEach(objects []apiserver.Object, apply func(...*apise
 		}
 		return nil
 	})
-	r.eventAt = func() (first time.Time, ok bool) {
-		for _, v := range versions {
-			if at, sent := v.SentAt(); sent && (!ok || at.Before(first)) {
-				first, ok = at, true
-			}
-		}
-		return first, ok
-	}
+	r.versions = versions
 	return r
 }
 

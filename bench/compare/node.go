@@ -35,7 +35,7 @@ type node struct {
 	// services are the Services as stored in the API. Only the owner of a Service may change it,
 	// see acquireService.
 	services []*cluster.Service
-	// onlyEndpoint is the Service for result.ReplaceOnlyEndpoint.
+	// onlyEndpoint is the Service for result.ReplaceOnlyEndpoint, see createOnlyEndpoint.
 	onlyEndpoint *cluster.Service
 
 	mu        sync.Mutex
@@ -184,7 +184,7 @@ func (n *node) replaceEndpoint(ctx context.Context, i int, watched bool) (event 
 
 // observe waits for the effect of a request, which may be in flight, with the given method of the
 // probe. It returns when the server has answered and the effect was observed. The result is the time
-// from the first event of the request, or from the request if only the server knows that time.
+// since the first event of the request, see request.untilEvent.
 func (n *node) observe(ctx context.Context, event *request, wait func(context.Context) (testbed.Observation, error)) (time.Duration, error) {
 	waiting, cancel := context.WithCancel(ctx)
 	defer cancel()

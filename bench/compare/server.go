@@ -30,22 +30,24 @@ type request struct {
 	done     chan struct{} // closed when the server has answered; duration and err are valid then
 	duration time.Duration
 	err      error
-	// eventAt returns when the server sent the first event of the request to the system, if the
-	// server knows it. It may be nil.
-	eventAt func() (time.Time, bool)
+	// versions are the objects of the request, if the server is in this process.
+	versions []*apiserver.Version
 }
 
-// untilEvent returns the time from the request until its first event, in which the server works and
-// the system has nothing to do yet. It is 0 if it is unknown. It requires an observed effect.
+// untilEvent returns the time from the request until the server wrote its first event to a watch. In
+// this time, the system has nothing to do yet. It is 0 for a real server, which does not show when it
+// writes. The caller must have observed an effect.
 func (r *request) untilEvent() time.Duration {
-	if r.eventAt == nil {
+	var first time.Time
+	for _, v := range r.versions {
+		if at, ok := v.SentAt(); ok && (first.IsZero() || at.Before(first)) {
+			first = at
+		}
+	}
+	if first.IsZero() {
 		return 0
 	}
-	at, ok := r.eventAt()
-	if !ok {
-		return 0
-	}
-	return at.Sub(r.sentAt)
+	return first.Sub(r.sentAt)
 }
 
 // doRequest runs do and returns the completed request.

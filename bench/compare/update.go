@@ -58,7 +58,7 @@ func (c *comparison) updates(ctx context.Context, nodes []*node, services int) (
 	return nil
 }
 
-// wakeUp measures the machine's own share of an update: a round trip to a sleeping thread after the
+// wakeUp measures how long the machine takes to wake up: a round trip to a sleeping thread, after the
 // pause that precedes each change.
 func (c *comparison) wakeUp(ctx context.Context, nodes []*node, echo *testbed.Echo, services int) error {
 	for _, n := range nodes {
@@ -154,7 +154,7 @@ func (c *comparison) probeInterval(change result.Change) time.Duration {
 func (c *comparison) createOnlyEndpoint(ctx context.Context, n *node) error {
 	ctx, cancel := n.contextWhileRunning(ctx)
 	defer cancel()
-	s := &cluster.Service{Index: len(n.services) + c.Samples, Endpoints: []netip.Addr{n.nextAddr(true)}} // behind the last createdService
+	s := &cluster.Service{Index: c.onlyEndpointIndex(n), Endpoints: []netip.Addr{n.nextAddr(true)}}
 	event := n.server.create(ctx, s.Object(), s.Slice())
 	_, err := n.observe(ctx, event, func(ctx context.Context) (testbed.Observation, error) {
 		return n.probe.FirstArrival(ctx, event.sentAt, s.Addr(), testbed.ToAnyEndpoint)
@@ -162,6 +162,10 @@ func (c *comparison) createOnlyEndpoint(ctx context.Context, n *node) error {
 	n.onlyEndpoint, n.settledAt = s, time.Now()
 	return err
 }
+
+// onlyEndpointIndex returns the index of the Service for ReplaceOnlyEndpoint, behind the Services of
+// createdService. Larger indices are unused.
+func (c *comparison) onlyEndpointIndex(n *node) int { return len(n.services) + c.Samples }
 
 // createdService returns the Service to create for a sample. Its endpoint addresses differ from
 // those of nextAddr.

@@ -134,13 +134,13 @@ const (
 	UpdateAck Measure = "update-ack"
 	// UpdatePacket is the time from an event until packets show its effect: the first connection
 	// that reaches a new endpoint, or the first that no longer reaches a removed endpoint or
-	// Service. The event is the API server's write to the watch, or the request to the API server if
-	// it does not show when it writes. In a comparison, the value "request" in s is the mean time
-	// until the API server has answered the request, which may be after the effect.
+	// Service. The event is the write of an API server in the benchmark's process to the watch, or the
+	// request to a real API server. In a comparison, the value "request" in s is the mean time until
+	// the API server has answered the request, which may be after the effect.
 	UpdatePacket Measure = "update-packet"
 	// WakeUp is the time of a round trip to a sleeping thread over TCP on loopback, after the same pause
-	// as before each change of UpdatePacket. The system is [Direct]. It is the part of an update
-	// that the machine takes without any work.
+	// as before each change of UpdatePacket: two wake-ups without any work. An update needs at least
+	// one. The system is [Direct].
 	WakeUp Measure = "wake-up"
 	// ColdStartComplete is the time from a cold start until the kernel has acknowledged the
 	// complete ruleset.
